@@ -1,0 +1,12 @@
+"""Structured gradient noise for large-batch data-parallel training with Horovod.
+
+`DistributedOptimizer` takes the place of ``hvd.DistributedOptimizer``; `GNC` and
+`CovarianceNoise` are the noises; `init` starts Horovod, also inside a larger MPI program.
+"""
+
+from hvdnoise.comm import init, shutdown
+from hvdnoise.noise import GNC, CovarianceNoise, make_noise
+from hvdnoise.optimizer import DistributedOptimizer
+
+__all__ = ["GNC", "CovarianceNoise", "DistributedOptimizer", "init", "make_noise", "shutdown"]
+__version__ = "0.1.0"

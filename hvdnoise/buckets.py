@@ -1,0 +1,146 @@
+"""Named parameters <-> flat buckets: the one memory layout of gradients, deviations and noise.
+
+Parameters are laid out in REVERSE order of registration, because backward finishes the last
+layers first; a bucket closes when it would pass the byte limit, and holds one dtype and one
+device. Inside a bucket, parameter t occupies ``flat[starts[t]:starts[t] + sizes[t]]``, row-major.
+A quantity with one row per worker is a matrix of shape (workers, bucket.size).
+
+The limit is `DEFAULT_BUCKET_BYTES`, or Horovod's HOROVOD_FUSION_THRESHOLD where that is smaller;
+0 gives every parameter a bucket of its own, which is Horovod's layout without fusion and sums in
+exactly its order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+DEFAULT_BUCKET_BYTES = 25 * 2 ** 20
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Some parameters of one dtype and device, and their places in one flat tensor."""
+
+    index: int
+    names: tuple[str, ...]
+    parameters: tuple[Tensor, ...]
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def size(self) -> int:
+        """Numbers in the bucket."""
+        return sum(self.sizes)
+
+    def new(self, *leading: int) -> Tensor:
+        """A tensor of shape (*leading, size) of zeros."""
+        return torch.zeros(*leading, self.size, dtype=self.dtype, device=self.device)
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The parts of a flat tensor of shape (size,), one a parameter, in the shapes of those."""
+        return [flat[start:start + size].view(p.shape)
+                for p, start, size in zip(self.parameters, self.starts, self.sizes)]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All buckets of an optimizer, in the order in which backward fills them."""
+
+    buckets: tuple[Bucket, ...]
+    fingerprint: tuple[object, ...]  # what the layout was made for; another one asks for a new
+    digest: str  # of names, shapes and dtypes: equal on all ranks, or the ranks may not exchange
+
+    def places(self) -> dict[Tensor, tuple[int, int]]:
+        """Parameter -> (bucket, place in the bucket)."""
+        return {p: (b.index, t) for b in self.buckets for t, p in enumerate(b.parameters)}
+
+
+def default_bucket_bytes() -> int:
+    """The byte limit of a bucket where the user gave none."""
+    threshold = os.environ.get("HOROVOD_FUSION_THRESHOLD", "")
+    return min(int(threshold), DEFAULT_BUCKET_BYTES) if threshold else DEFAULT_BUCKET_BYTES
+
+
+def fingerprint(parameters: Iterable[Tensor]) -> tuple[object, ...]:
+    """What a layout depends on; cheap enough to look at in every step."""
+    return tuple((id(p), p.dtype, p.device, p.shape) for p in parameters if p.requires_grad)
+
+
+def build_layout(named_parameters: Sequence[tuple[str, Tensor]], *, bucket_bytes: int,
+                 groups: int | Sequence[Sequence[Tensor]] | None = None) -> Layout:
+    """Lay out the parameters that require a gradient.
+
+    Args:
+        named_parameters: (name, parameter) in order of registration, names unique.
+        bucket_bytes: limit of a bucket's size in bytes; one parameter may exceed it.
+        groups: as Horovod's: a number of buckets of about as many parameters each, or a list of
+            lists of parameters that travel together (any other parameter travels alone).
+            Without it the byte limit decides.
+    """
+    trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
+    backward_order = trainable[::-1]
+    if groups is None:
+        parts = _split_by_bytes(backward_order, bucket_bytes)
+    elif isinstance(groups, int):
+        parts = _split_evenly(backward_order, groups)
+    else:
+        parts = _split_by_group(backward_order, groups)
+    uniform = [same for part in parts for same in _split_by_kind(part)]
+    buckets = tuple(_bucket(index, part) for index, part in enumerate(uniform))
+    text = repr([(b.names, [tuple(p.shape) for p in b.parameters], str(b.dtype)) for b in buckets])
+    return Layout(buckets, fingerprint(p for _, p in trainable),
+                  hashlib.sha256(text.encode()).hexdigest()[:16])
+
+
+Named = tuple[str, Tensor]
+
+
+def _bucket(index: int, part: Sequence[Named]) -> Bucket:
+    names, parameters = zip(*part)
+    sizes = tuple(p.numel() for p in parameters)
+    starts = (0, *accumulate(sizes))[:-1]
+    return Bucket(index, names, parameters, starts, sizes, parameters[0].dtype,
+                  parameters[0].device)
+
+
+def _split_by_bytes(named: Sequence[Named], limit: int) -> list[list[Named]]:
+    parts: list[list[Named]] = []
+    filled: dict[tuple[torch.dtype, torch.device], list[Named]] = {}
+    for name, p in named:
+        part = filled.get((p.dtype, p.device))
+        if part is None or sum(q.nbytes for _, q in part) + p.nbytes > limit:
+            part = filled[p.dtype, p.device] = []
+            parts.append(part)
+        part.append((name, p))
+    return parts
+
+
+def _split_evenly(named: Sequence[Named], count: int) -> list[list[Named]]:
+    size, extra = divmod(len(named), count)
+    ends = list(accumulate([size + 1] * extra + [size] * (count - extra)))
+    return [list(named[start:end]) for start, end in zip([0, *ends], ends) if end > start]
+
+
+def _split_by_group(named: Sequence[Named], groups: Sequence[Sequence[Tensor]]
+                    ) -> list[list[Named]]:
+    group_of = {id(p): g for g, group in enumerate(groups) for p in group}
+    parts: dict[object, list[Named]] = {}
+    for name, p in named:
+        parts.setdefault(group_of.get(id(p), name), []).append((name, p))
+    return list(parts.values())
+
+
+def _split_by_kind(part: Sequence[Named]) -> list[list[Named]]:
+    kinds: dict[object, list[Named]] = {}
+    for name, p in part:
+        kinds.setdefault((p.dtype, p.device), []).append((name, p))
+    return list(kinds.values())
