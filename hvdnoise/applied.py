@@ -26,7 +26,9 @@ class Measured:
 
     worker_square_norm: float  # mean over the workers of |g_i|^2
     gradient_square_norm: float  # |g|^2 of the gradient that the update uses, noise included
-    noise_rms: float  # of the displacements over all workers, or of the noise on the mean
+    # of the displacements over all workers, or of the noise on the mean; None for the noises that
+    # act through weights of workers or examples, whose noise is never formed
+    noise_rms: float | None
 
 
 class AppliedNoise:
@@ -53,7 +55,7 @@ class AppliedNoise:
         self._weights: list[float] | None = None
         self._buffers: dict[str, list[list[Tensor]]] = {}  # displaced weights, of one layout
         self._local_squares: list[Tensor] = []
-        self._noise_square = 0.0
+        self._noise_squares: dict[int, float] = {}  # own worker -> |noise|^2
 
     def begin_step(self) -> None:
         """Nothing of a step under way remains; an observation that no step took is dropped."""
@@ -61,7 +63,7 @@ class AppliedNoise:
             self.noise.forget()
         self._observed = self._weighed = False
         self._weights = None
-        self._local_squares, self._noise_square = [], 0.0
+        self._local_squares, self._noise_squares = [], {}
         if self.watch is not None:
             self.watch.restore()
         self.begin_worker()
@@ -103,13 +105,15 @@ class AppliedNoise:
             self._buffers = {layout.digest: [[torch.empty_like(p) for p in b.parameters]
                                              for b in layout.buckets]}
         pairs: list[tuple[Tensor, Tensor]] = []
+        square = 0.0
         for bucket, buffers in zip(layout.buckets, self._buffers[layout.digest]):
             clean = [p.data for p in bucket.parameters]
             noise.displace(bucket, v, clean, buffers,
                            [learning_rates[p] for p in bucket.parameters], self.situation())
             pairs += zip(bucket.parameters, buffers)
             if self.measure:
-                self._noise_square += sum(_square(b - c) for b, c in zip(buffers, clean))
+                square += sum(_square(b - c) for b, c in zip(buffers, clean))
+        self._noise_squares[v] = square  # the same in all k passes of the worker
         watch.displace(pairs)
 
     def weigh(self, losses: Tensor, v: int, part: int, parts: int) -> Tensor:
@@ -162,9 +166,10 @@ class AppliedNoise:
             if not self._observed or noise is None or rows_VN is None:
                 return
             rows_VN.sub_(mean_N)
-            for rows in (rows_VN, gathered_WN):
-                if scale != 1 and rows is not None:
-                    rows.div_(scale)
+            if scale != 1:
+                rows_VN.div_(scale)
+                if gathered_WN is not None and gathered_WN.data_ptr() != rows_VN.data_ptr():
+                    gathered_WN.div_(scale)  # on one rank both are the same storage
             told = noise.observe(bucket, rows_VN, gathered_WN, now)
             if told is not None:
                 name = f"hvdnoise.statistics.{bucket.index}"
@@ -177,21 +182,24 @@ class AppliedNoise:
             assert noise is not None
             noise.receive(bucket, handle.wait())
         if noise is not None and noise.acts_on == "mean":
+            added = 0.0
             for bucket, reduced_N in exchange.reduced():
                 noise_N = noise.mean_noise(bucket, now)
                 reduced_N.add_(noise_N, alpha=scale)
-                if self.measure and self.world.rank == 0:
-                    self._noise_square += _square(noise_N) * self.virtual_workers * self.world.size
+                if self.measure:
+                    added += _square(noise_N)
+            self._noise_squares = dict.fromkeys(range(self.virtual_workers), added)
         if self.measure:
             self._measure(exchange, scale)
 
     def _measure(self, exchange: Exchange, scale: float) -> None:
         mine = torch.tensor([sum(map(float, self._local_squares)) / scale ** 2,
-                             self._noise_square], dtype=torch.float64)
+                             sum(self._noise_squares.values())], dtype=torch.float64)
         mean = self.world.allreduce_(mine, name="hvdnoise.measure").wait() / self.virtual_workers
         worker, noise = mean.tolist()
         total = sum(_square(flat) for _, flat in exchange.reduced())
-        self.measured = Measured(worker, total / scale ** 2, math.sqrt(noise))
+        known = self.noise is None or self.noise.acts_on in ("weights", "mean")
+        self.measured = Measured(worker, total / scale ** 2, math.sqrt(noise) if known else None)
 
     # ------------------------------------------------------------------ state
 

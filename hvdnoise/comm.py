@@ -251,5 +251,6 @@ def op_name(op: Any) -> str:
 def adasum_optimizer(optimizer: torch.optim.Optimizer, **options: Any) -> torch.optim.Optimizer:
     """Horovod's own optimizer for op=Adasum, which reduces updates instead of gradients."""
     hvd = _horovod()
-    wrapped: torch.optim.Optimizer = hvd.DistributedOptimizer(optimizer, op=hvd.Adasum, **options)
+    given = {key: value for key, value in options.items() if value is not None}
+    wrapped: torch.optim.Optimizer = hvd.DistributedOptimizer(optimizer, op=hvd.Adasum, **given)
     return wrapped

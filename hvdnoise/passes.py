@@ -32,7 +32,7 @@ class Passes:
         self._optimizer, self._names = optimizer, names
         self._bucket_bytes, self._bucket_groups = bucket_bytes, bucket_groups
         self._sparse: dict[Tensor, str] = {}  # parameters that travel as sparse tensors
-        self._hooked: weakref.WeakSet[Tensor] = weakref.WeakSet()
+        self._hooked: set[Tensor] = set()  # no WeakSet, which compares tensors by their numbers
         self._layout: Layout | None = None
         self.begin_step()
         self.prepare()

@@ -23,7 +23,8 @@ class EmulatedBatchNoise(Noise):
                  seed: int = 0) -> None:
         super().__init__(seed=seed)
         for name, value in (("emulated_batch", emulated_batch), ("batch_size", batch_size)):
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)
+                                      or value < 1):
                 raise ValueError(f"{name}={value!r} must be an integer >= 1")
         self.emulated_batch = emulated_batch
         self.batch_size = batch_size

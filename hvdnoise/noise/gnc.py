@@ -92,7 +92,8 @@ class GNC(Noise):
                 streams.normal(W, self.seed, "gnc-mix", now.step, worker, dtype=torch.float64)
                 for worker in now.workers]) / math.sqrt(W - 1)
             mixing_VW -= mixing_VW.mean(dim=1, keepdim=True)  # sum_j d_j = 0, so g_j serve as d_j
-            torch.mm(mixing_VW.to(gathered_WN), gathered_WN, out=deviations_VN)
+            # not out=deviations_VN: on one rank both arguments are the same storage
+            deviations_VN.copy_(mixing_VW.to(gathered_WN) @ gathered_WN)
         if self.source != "isotropic":
             self._rows[bucket.index] = deviations_VN
         self._sizes[bucket.index] = bucket.size
@@ -110,12 +111,18 @@ class GNC(Noise):
 
     def displace(self, bucket: Bucket, v: int, clean: Sequence[Tensor], out: Sequence[Tensor],
                  learning_rates: Sequence[float], now: Situation) -> None:
-        if self.source == "isotropic":
+        rows_VN = self._rows.get(bucket.index)
+        if self._sizes.get(bucket.index) != bucket.size or (
+                rows_VN is not None and len(rows_VN) != len(now.workers)):
+            raise ValueError("the loaded deviations are of other buckets or virtual workers: "
+                             "resume with the same bucket_bytes and virtual_workers, or drop "
+                             "\"hvdnoise\" from the optimizer's state to start the noise anew")
+        if rows_VN is None:
             unit_N = streams.normal(bucket.size, self.seed, "gnc-isotropic", now.step,
                                     now.workers[v], bucket.index, device=bucket.device,
                                     dtype=bucket.dtype)
         else:
-            unit_N = self._rows[bucket.index][v]
+            unit_N = rows_VN[v].to(bucket.device)  # a checkpoint may have been loaded to the CPU
         factors = self._factors(bucket, clean, learning_rates, now)
         for weight, unit, target, factor in zip(clean, bucket.views(unit_N), out, factors):
             torch.add(weight, unit, alpha=factor, out=target)

@@ -1,0 +1,7 @@
+"""``python -m hvdnoise``."""
+
+import sys
+
+from hvdnoise.cli import main
+
+sys.exit(main())

@@ -1,0 +1,156 @@
+"""hvdnoise train | eval | doctor: parse, build, run, close.
+
+Settings are parsed and checked before Horovod starts, so that a mistake costs nothing and leaves
+nothing behind. Exit codes: 0 done; 2 bad input, one line on stderr; 75 preempted by SIGTERM and
+saved, start me again; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from dataclasses import dataclass
+from typing import Any, Callable, Literal, Sequence, TypeVar
+
+from hvdnoise import comm
+from hvdnoise.training import process
+from hvdnoise.training.config import ConfigError, TrainConfig
+from hvdnoise.training.options import parse
+
+T = TypeVar("T")
+_USAGE = """usage: hvdnoise train [--config YAML] [--FLAG VALUE ...]   train a network
+       hvdnoise eval RUN [--FLAG VALUE ...]                score the weights of a run
+       hvdnoise doctor [--FLAG VALUE ...]                  say what works on this machine
+Each takes --help. Start several ranks with horovodrun, mpirun or srun in front."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Score a run's weights on its test set.
+
+    Args:
+        run: the run's folder.
+        checkpoint: final, best, ema, or the path of a checkpoint or of saved weights.
+        data_root: folder of the data sets; default: as the run had it.
+        device: auto takes the GPU of the local rank where there is one.
+        threads: of each rank; default: OMP_NUM_THREADS, else the cores shared out.
+        batch_size: images at a time, of each rank.
+    """
+
+    run: str = ""
+    checkpoint: str = "final"
+    data_root: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
+    batch_size: int = 256
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Check the installation, one line a check; exit code 1 when something is broken.
+
+    Args:
+        data_root: folder of the data sets to look into.
+        launch: also start two ranks, when alone.
+        seconds: limit of that.
+    """
+
+    data_root: str = "data"
+    launch: bool = True
+    seconds: int = 60
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program; returns its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    launched = comm.environment()
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    commands: dict[str, Callable[[Sequence[str], dict[str, int]], int]] = {
+        "train": _train, "eval": _eval, "doctor": _doctor}
+    if command in ("--help", "-h", "help"):
+        print(_USAGE)
+        return 0
+    try:
+        if command not in commands:
+            raise ConfigError(f"unknown command {command!r}: give train, eval or doctor; see "
+                              "hvdnoise --help")
+        return commands[command](rest, launched)
+    except ConfigError as error:
+        return process.refuse(str(error), launched)
+
+
+def _parse(kind: type[T], arguments: Sequence[str], launched: dict[str, int], **options: Any) -> T:
+    """`parse`, with what --help and --print_config print coming from one rank only."""
+    silent = contextlib.redirect_stdout(io.StringIO()) if launched["rank"] else \
+        contextlib.nullcontext()
+    with silent:
+        return parse(kind, arguments, **options)
+
+
+def _train(arguments: Sequence[str], launched: dict[str, int]) -> int:
+    config = _parse(TrainConfig, arguments, launched, program="hvdnoise train")
+    from hvdnoise.training.validation import validate
+    validate(config, launched["size"])
+
+    from hvdnoise.training import loop
+    from hvdnoise.training.config import identity
+    from hvdnoise.training.preemption import Preemption
+    preemption = Preemption()
+    process.set_threads(config.threads, launched["local_size"])
+    process.be_deterministic()
+    return _in_world(launched, identity(config), lambda world: loop.run(
+        config, world, process.pick_device(config.device, world), preemption))
+
+
+def _eval(arguments: Sequence[str], launched: dict[str, int]) -> int:
+    config = _parse(EvalConfig, arguments, launched, program="hvdnoise eval", positional="run")
+    from hvdnoise.training import rerun
+    trained, weights = rerun.find(config.run, config.checkpoint, config.data_root)
+    process.set_threads(config.threads, launched["local_size"])
+    process.be_deterministic()
+    return _in_world(launched, {"run": config.run, "checkpoint": str(weights)},
+                     lambda world: rerun.score(
+                         trained, weights, world, process.pick_device(config.device, world),
+                         batch_size=config.batch_size))
+
+
+def _doctor(arguments: Sequence[str], launched: dict[str, int]) -> int:
+    config = _parse(DoctorConfig, arguments, launched, program="hvdnoise doctor")
+    from hvdnoise import doctor
+    return doctor.examine(launched, data_root=config.data_root, launch=config.launch,
+                          seconds=config.seconds)
+
+
+def _in_world(launched: dict[str, int], facts: dict[str, Any], action: Callable[[comm.World], int]
+              ) -> int:
+    """Start Horovod, see that all ranks agree on ``facts``, run, and end whatever happens."""
+    from hvdnoise.training.checkpoint import CheckpointError
+    from hvdnoise.training.dataspec import DataError
+    from hvdnoise.training.loop import Diverged
+    from hvdnoise.training.progress import start_terminal
+    from hvdnoise.training.records import versions
+    start_terminal(launched["rank"])
+    rank = launched["rank"]
+    try:
+        world = comm.init()
+        rank = world.rank
+        try:
+            _handshake(world, {**versions(), **facts})
+            code = action(world)
+        except (ConfigError, DataError) as error:
+            code = process.fail_together(str(error), world, process.EXIT_BAD_INPUT)
+        except (CheckpointError, Diverged) as error:
+            code = process.fail_together(str(error), world, process.EXIT_FAILED)
+        comm.shutdown()
+        return code
+    except BaseException as error:
+        process.crash(error, rank)
+        raise
+
+
+def _handshake(world: comm.World, facts: dict[str, Any]) -> None:
+    try:
+        comm.handshake(world, facts)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

@@ -1,0 +1,221 @@
+"""Checkpoints: written beside, flushed, checksummed, renamed; so the newest is whole or absent.
+
+    RUN/checkpoints/step-00000123/
+        shared.pt        what is equal on all ranks, by rank 0
+        rank-N.pt        what is rank N's own: generators, noise, buffers
+        manifest.json    format, step, ranks, and size and SHA-256 of each file
+
+The folder is called ``step-00000123.tmp`` until every rank has written its file to the disk and
+rank 0 the manifest. A checkpoint counts only when every file is there and right; a broken one is
+named and the one before is taken. Files are read with ``weights_only=True``, never otherwise.
+All ranks must see the same folder: on several hosts it lies in a shared file system.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+
+from hvdnoise.comm import World
+from hvdnoise.training.progress import log
+
+FORMAT = 1
+State = dict[str, Any]
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; one line, equal on all ranks."""
+
+
+class BrokenCheckpoint(ValueError):
+    """A checkpoint is not whole; one line that says what is wrong with it."""
+
+
+def folder_of(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step-{step:08d}"
+
+
+def found(checkpoints: Path) -> list[Path]:
+    """The finished checkpoints in a folder, the newest first, whole or not."""
+    if not checkpoints.is_dir():
+        return []
+    return sorted((path for path in checkpoints.iterdir()
+                   if path.is_dir() and _NAME.fullmatch(path.name)),
+                  key=lambda path: int(path.name[5:]), reverse=True)
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def save(checkpoints: Path, step: int, shared: State | None, own: State, world: World, *,
+         keep: int) -> Path:
+    """Write a checkpoint; keep it and the newest before it, ``keep`` in all. Collective.
+
+    Checkpoints of later steps, which a run that went back has left behind, are dropped too.
+
+    Args:
+        shared: rank 0's (others may pass None); own: this rank's. Tensors, numbers, text and
+            plain containers only.
+
+    Raises:
+        CheckpointError: on all ranks, when a rank could not write (the earlier checkpoints stay).
+    """
+    final = checkpoints / folder_of(step)
+    part = final.with_suffix(".tmp")
+    leads = world.rank == 0
+    together(world, "begin", lambda: _begin(part) if leads else None)
+    try:
+        written = together(world, "write", lambda: {
+            **({"shared.pt": _write(part / "shared.pt", shared)} if leads else {}),
+            f"rank-{world.rank}.pt": _write(part / f"rank-{world.rank}.pt", own)})
+        files = {name: facts for each in written for name, facts in each.items()}
+        manifest = {"format": FORMAT, "step": step, "ranks": world.size, "files": files}
+        together(world, "finish", lambda: _finish(part, final, manifest) if leads else None)
+    except CheckpointError:
+        if leads:
+            shutil.rmtree(part, ignore_errors=True)
+        raise
+    if leads:
+        older = found(checkpoints)[found(checkpoints).index(final):]
+        for gone in {*found(checkpoints)} - {*older[:keep]}:
+            shutil.rmtree(gone, ignore_errors=True)
+    return final
+
+
+def _begin(part: Path) -> None:
+    for stale in part.parent.glob("*.tmp"):
+        shutil.rmtree(stale)
+    part.mkdir(parents=True)
+
+
+def _write(path: Path, state: State | None) -> dict[str, Any]:
+    with path.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    return _facts(path)
+
+
+def _finish(part: Path, final: Path, manifest: dict[str, Any]) -> None:
+    with (part / "manifest.json").open("w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _flush_folder(part)
+    if final.exists():  # a broken one, or the very same step again
+        shutil.rmtree(final)
+    part.rename(final)
+    _flush_folder(final.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return {"bytes": path.stat().st_size, "sha256": total.hexdigest()}
+
+
+def together(world: World, what: str, action: Callable[[], Any]) -> list[Any]:
+    """What ``action`` gave on each rank (JSON values); an OSError on one is a CheckpointError on
+    all. Collective."""
+    value, error = None, None
+    try:
+        value = action()
+    except (OSError, RuntimeError) as problem:  # torch.save raises RuntimeError on a full disk
+        error = f"{type(problem).__name__}: {problem}".splitlines()[0]
+    everyone = world.gather_json([value, error], name=f"checkpoint.{what}")
+    for rank, (_, text) in enumerate(everyone):
+        if text is not None:
+            raise CheckpointError(f"rank {rank} could not write ({text}): free some "
+                                  "space or give another run_dir; earlier checkpoints are intact")
+    return [value for value, _ in everyone]
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def check(folder: Path, names: set[str] | None = None) -> dict[str, Any]:
+    """The manifest of a checkpoint, once its files (those in ``names``; default all) are right.
+
+    Raises:
+        BrokenCheckpoint: naming what is wrong.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        files, ranks, kind = manifest["files"], manifest["ranks"], manifest["format"]
+        expected = {"shared.pt", *(f"rank-{rank}.pt" for rank in range(ranks))}
+        if kind != FORMAT:
+            raise BrokenCheckpoint(f"it has format {kind}, and this hvdnoise reads {FORMAT}")
+        if set(files) != expected or f"step-{manifest['step']:08d}" != folder.name:
+            raise BrokenCheckpoint("its manifest does not fit its folder")
+        for name in sorted(expected if names is None else expected & names):
+            if not (folder / name).is_file():
+                raise BrokenCheckpoint(f"{name} is missing")
+            if _facts(folder / name) != files[name]:
+                raise BrokenCheckpoint(f"{name} does not have the SHA-256 of its manifest")
+    except FileNotFoundError as error:
+        raise BrokenCheckpoint(f"{Path(str(error.filename)).name} is missing") from error
+    except (OSError, TypeError, KeyError, AttributeError, json.JSONDecodeError,
+            UnicodeDecodeError) as error:
+        raise BrokenCheckpoint(f"it cannot be read ({type(error).__name__}: {error})") from error
+    return manifest
+
+
+def choose(candidates: list[Path], world: World) -> tuple[Path, dict[str, Any]] | None:
+    """The first whole checkpoint of rank 0's list, and its manifest. Collective.
+
+    Each rank checks the shared file and its own; rank 0 those of ranks that no longer exist.
+
+    Raises:
+        CheckpointError: on all ranks, when there are some and none of them is whole.
+    """
+    names = world.gather_json([str(path) for path in candidates], name="checkpoint.list")[0]
+    for folder in map(Path, names):
+        problem, manifest = None, {}
+        try:
+            manifest = check(folder, None if world.rank == 0 else
+                             {"shared.pt", f"rank-{world.rank}.pt"})
+        except BrokenCheckpoint as error:
+            problem = str(error)
+        problems = world.gather_json(problem, name="checkpoint.check")
+        wrong = [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text]
+        if not wrong:
+            return folder, manifest
+        log.warning("checkpoint %s is broken (%s): not used", folder, "; ".join(wrong))
+    if names:
+        raise CheckpointError(f"none of the {len(names)} checkpoints in {Path(names[0]).parent} is "
+                              "whole: give another one with --resume PATH, or start anew with "
+                              "--overwrite")
+    return None
+
+
+def read(path: Path) -> State:
+    """One file of a checkpoint, or saved weights, on the CPU; never unpickles code.
+
+    Raises:
+        BrokenCheckpoint: when the file is no such thing.
+    """
+    try:
+        state: State = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever a damaged file leads it to
+        text = str(error).splitlines()[0][:200] if str(error) else ""
+        raise BrokenCheckpoint(f"{path} cannot be read ({type(error).__name__}: {text})") from error
+    return state

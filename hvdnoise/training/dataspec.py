@@ -1,0 +1,94 @@
+"""What data a run uses: the settings, the facts of a data set, and the one error of this package.
+
+Imports neither torch nor torchvision, so that a wrong setting is refused at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+DatasetName = Literal["fashion-mnist", "cifar10", "cifar100", "imagefolder", "synthetic"]
+DATASETS: tuple[str, ...] = ("fashion-mnist", "cifar10", "cifar100", "imagefolder", "synthetic")
+_SIZED = {"imagefolder": 224, "synthetic": 32}  # the sets whose image size can be chosen
+
+
+class DataError(ValueError):
+    """A data set is missing, damaged or too small; one line that names the path and the remedy."""
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """The facts of a data set that models and trainers need.
+
+    Args:
+        name: the data set's name in `DataConfig`.
+        num_classes: labels are 0 .. num_classes - 1.
+        image_shape: (channels, height, width) of the images that the loaders yield.
+        num_train: training examples in use (after `DataConfig.limit`).
+        num_test: test examples.
+    """
+
+    name: str
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    num_train: int
+    num_test: int
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The data settings of a run.
+
+    Args:
+        dataset: which data set.
+        root: folder of the data sets; for imagefolder the folder that holds train/ and val/.
+        batch_size: training examples per worker and step (b).
+        augment: random crops and horizontal flips of the training images.
+        loader_workers: processes per rank that prepare batches; 0 prepares them in the rank itself.
+        image_size: height and width in pixels; only for imagefolder (default 224) and synthetic
+            (default 32), the other sets have their own.
+        download: fetch a missing data set from its home page.
+        num_examples: training examples of the synthetic set.
+        num_classes: classes of the synthetic set.
+        limit: use the first so many training examples only (for trials and tests).
+
+    Raises:
+        DataError: at construction, when a value is out of range or does not fit the data set.
+    """
+
+    dataset: DatasetName = "fashion-mnist"
+    root: str = "data"
+    batch_size: int = 64
+    augment: bool = True
+    loader_workers: int = 0
+    image_size: int | None = None
+    download: bool = True
+    num_examples: int = 2048
+    num_classes: int = 10
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dataset not in DATASETS:
+            raise DataError(f"data.dataset={self.dataset!r} is unknown: choose one of "
+                            f"{', '.join(DATASETS)}")
+        smallest = {"batch_size": 1, "loader_workers": 0, "image_size": 8, "num_examples": 1,
+                    "num_classes": 2, "limit": 1}
+        for name, least in smallest.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise DataError(f"data.{name}={value} is too small: give {least} or more")
+        if self.image_size is not None and self.dataset not in _SIZED:
+            raise DataError(f"data.image_size={self.image_size} does not go with {self.dataset}, "
+                            "whose images have their own size: leave it out")
+
+    @property
+    def side(self) -> int:
+        """Height and width in pixels, for the sets whose image size can be chosen."""
+        return self.image_size or _SIZED[self.dataset]
+
+    @property
+    def path(self) -> Path:
+        """The root folder, with ~ expanded."""
+        return Path(self.root).expanduser()

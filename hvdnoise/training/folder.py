@@ -1,0 +1,84 @@
+"""ImageNet-style folders of image files, decoded and transformed image by image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvdnoise import streams
+from hvdnoise.training.dataspec import DataError
+from hvdnoise.training.images import Images
+from hvdnoise.training.torchvision_compat import datasets, transforms
+
+
+class FolderImages(Images):
+    """The images folder/CLASS/FILE, RGB, cut to side x side.
+
+    Training: a random part of the image (8-100% of its area), resized, half of them mirrored.
+    Otherwise: the short side resized to side * 256/224 and the centre cut out.
+
+    Args:
+        folder: holds one folder per class; labels number the sorted names.
+        side: height and width of the batches' images in pixels.
+        augment: whether batches of an epoch are augmented.
+        limit: use so many images, evenly spread over the sorted files (and so over the classes).
+    """
+
+    def __init__(self, folder: Path, *, side: int, augment: bool, limit: int | None,
+                 mean: Sequence[float], std: Sequence[float], seed: int) -> None:
+        super().__init__(mean, std, seed)
+        found = datasets.ImageFolder(folder)
+        step = max(1, len(found.samples) // (limit or len(found.samples)))
+        self.samples: list[tuple[str, int]] = found.samples[::step][:limit]
+        self.classes: list[str] = found.classes
+        self._augment = augment
+        self._training = transforms.Compose([
+            transforms.RandomResizedCrop(side, antialias=True),
+            transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
+        self._testing = transforms.Compose([
+            transforms.Resize(round(side * 256 / 224), antialias=True),
+            transforms.CenterCrop(side), transforms.PILToTensor()])
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """The PIL image, as it is in the file but RGB, and its label."""
+        path, label = self.samples[index]
+        try:
+            return datasets.folder.pil_loader(path), label
+        except (OSError, ValueError, SyntaxError) as error:  # what PIL raises for broken files
+            raise DataError(f"{path} cannot be read as an image ({error}): repair or remove "
+                            "it") from error
+
+    def batch(self, indices: Sequence[int], epoch: int | None) -> tuple[Tensor, Tensor]:
+        images, labels = [], []
+        for index in indices:
+            image, label = self[index]
+            if epoch is None or not self._augment:
+                images.append(self._testing(image))
+            else:
+                with _draws(streams.seed_for(self.seed, "data.augment", epoch, index)):
+                    images.append(self._training(image))
+            labels.append(label)
+        return self.normalise(torch.stack(images)), torch.tensor(labels)
+
+
+@contextmanager
+def _draws(seed: int) -> Iterator[None]:
+    """Torch's default CPU generator at ``seed``; afterwards where it was.
+
+    The transforms draw from it and take no other. Not torch.manual_seed, which would reseed the
+    accelerators too.
+    """
+    before = torch.get_rng_state()
+    try:
+        torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        torch.set_rng_state(before)

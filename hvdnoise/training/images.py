@@ -1,0 +1,97 @@
+"""Data sets that hand out whole batches: images in memory, and folders of image files.
+
+`batch(indices, epoch)` gives normalised float32 images (b, C, H, W) and int64 labels (b,). With an
+epoch the images are augmented, by draws that depend on (seed, epoch, example index) alone; with
+epoch None they are not. `data_set[index]` gives one image as it is stored, for looking at.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hvdnoise import streams
+from hvdnoise.training.augment import crop_and_flip, example_bits
+
+
+class Images(Dataset[tuple[Any, int]]):
+    """A data set that prepares a batch at a time.
+
+    Args:
+        mean, std: of each channel, of pixel values in 0 .. 1.
+        seed: of the augmentation; equal on all ranks.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], seed: int) -> None:
+        self.seed = seed
+        self._scale = (1 / (255 * torch.tensor(std, dtype=torch.float64))).float().view(-1, 1, 1)
+        self._shift = (-torch.tensor(mean) / torch.tensor(std)).float().view(-1, 1, 1)
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of examples."""
+
+    @abstractmethod
+    def batch(self, indices: Sequence[int], epoch: int | None) -> tuple[Tensor, Tensor]:
+        """Images (b, C, H, W) float32, normalised, and labels (b,) int64."""
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(b, C, H, W) uint8 -> float32 with mean 0 and standard deviation 1 per channel."""
+        return images.float().mul_(self._scale).add_(self._shift)
+
+
+class ArrayImages(Images):
+    """Images in memory.
+
+    Args:
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64.
+        padding: of the random crop, in pixels; None for no augmentation.
+    """
+
+    # numpy arrays, not tensors: a tensor sent to a loader process goes through /dev/shm, which is
+    # 64 MB in a container unless asked for.
+    def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.int64], *,
+                 mean: Sequence[float], std: Sequence[float], padding: int | None,
+                 seed: int) -> None:
+        super().__init__(mean, std, seed)
+        assert images.dtype == np.uint8 and images.ndim == 4 and len(images) == len(labels)
+        self.images, self.labels, self.padding = images, labels.astype(np.int64), padding
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.from_numpy(self.images[index].copy()), int(self.labels[index])
+
+    def batch(self, indices: Sequence[int], epoch: int | None) -> tuple[Tensor, Tensor]:
+        chosen = np.asarray(indices, dtype=np.int64)
+        images = self.images[chosen]
+        if epoch is not None and self.padding is not None:
+            images = crop_and_flip(images, example_bits(self.seed, epoch, chosen), self.padding)
+        return self.normalise(torch.from_numpy(images)), torch.from_numpy(self.labels[chosen])
+
+
+def synthetic(num_examples: int, num_classes: int, side: int, seed: int,
+              part: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images (N, 3, side, side) that differ by class: coarse blocks of colour under noise.
+
+    Deterministic in (seed, part, sizes); the blocks are those of the seed in every part.
+    """
+    blocks = torch.randint(0, 128, (num_classes, 3, 4, 4), dtype=torch.uint8,
+                           generator=streams.generator(seed, "data.synthetic.blocks"))
+    draws = streams.generator(seed, "data.synthetic", part)
+    labels = torch.randint(0, num_classes, (num_examples,), generator=draws)
+    images = torch.randint(0, 128, (num_examples, 3, side, side), dtype=torch.uint8,
+                           generator=draws)
+    place = torch.arange(side) * 4 // side
+    for label in range(num_classes):
+        images[labels == label] += blocks[label][:, place][:, :, place]
+    return images.numpy(), labels.numpy()

@@ -1,0 +1,191 @@
+"""Everything that a training run consists of on this rank, built from its settings, and its state.
+
+What is equal on all ranks (weights, optimizer, moving average, loss scale, position) is the shared
+state; what is a rank's own (generators, noise, running statistics of normalisation) is saved by
+each rank. The learning rate follows from the position, and so do the data and their augmentation.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
+
+from hvdnoise.comm import World
+from hvdnoise.optimizer import DistributedOptimizer
+from hvdnoise.training import data, models
+from hvdnoise.training.config import TrainConfig, flatten
+from hvdnoise.training.ema import make_ema
+from hvdnoise.training.evaluate import mean_buffers, own_buffers, set_buffers
+from hvdnoise.training.meter import Batches
+from hvdnoise.training.optim import build_optimizer, build_schedule
+from hvdnoise.training.records import versions
+from hvdnoise.training.sampler import WorkerSampler
+
+State = dict[str, Any]
+
+
+@dataclass
+class Counters:
+    """Where the run is and what it has seen; saved with it."""
+
+    step: int = 0
+    seconds: float = 0.0
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+    best_accuracy: float = -1.0
+    best_step: int = 0
+
+
+@dataclass
+class Job:
+    """A run on this rank; see the module."""
+
+    config: TrainConfig
+    world: World
+    device: torch.device
+    datasets: data.Datasets
+    sampler: WorkerSampler
+    model: nn.Module
+    optimizer: Any
+    schedule: LRScheduler
+    scaler: torch.amp.GradScaler
+    ema: AveragedModel | None
+    total_steps: int
+    counters: Counters = field(default_factory=Counters)
+
+    @property
+    def batches(self) -> Batches:
+        """The batch sizes, as the noise scale needs them."""
+        noise, worker = self.config.noise, self.sampler.batch_size
+        return Batches(worker, worker * self.sampler.num_workers, noise.emulated_batch,
+                       noise.source == "examples")
+
+    # ------------------------------------------------------------------ state
+
+    def shared_state(self) -> State:
+        """What is equal on all ranks. Collective (buffers are averaged)."""
+        optimizer = self.optimizer.state_dict()
+        optimizer.pop("hvdnoise", None)
+        return {"model": {**self.model.state_dict(), **mean_buffers(self.model, self.world)},
+                "ema": None if self.ema is None else
+                {**self.ema.state_dict(), **mean_buffers(self.ema, self.world)},
+                "optimizer": optimizer, "scaler": self.scaler.state_dict(),
+                "counters": vars(self.counters).copy(), "config": flatten(self.config),
+                "steps_per_epoch": self.sampler.steps_per_epoch,
+                "examples_per_step": self.batches.total, "versions": versions()}
+
+    def own_state(self) -> State:
+        """What is this rank's own."""
+        return {"generators": _generators(),
+                "noise": self.optimizer.state_dict().get("hvdnoise"),
+                "buffers": own_buffers(self.model),
+                "ema_buffers": {} if self.ema is None else own_buffers(self.ema)}
+
+    def load(self, shared: State, own: State | None) -> None:
+        """Go on where the states were taken.
+
+        Args:
+            own: None where the number of workers has changed: then generators and noise start
+                anew, and the position becomes the next step with examples that are new.
+        """
+        self.model.load_state_dict(shared["model"])
+        if self.ema is not None:
+            self.ema.load_state_dict(shared["ema"])
+        state = dict(shared["optimizer"])
+        if own is not None and own["noise"] is not None:
+            state["hvdnoise"] = own["noise"]
+        self.optimizer.load_state_dict(state)
+        self.scaler.load_state_dict(shared["scaler"])
+        self.counters = Counters(**shared["counters"])
+        if own is None:
+            self.counters.step = self._step_of_examples(shared)
+        else:
+            set_buffers(self.model, own["buffers"])
+            if self.ema is not None:
+                set_buffers(self.ema, own["ema_buffers"])
+            _set_generators(own["generators"])
+        self._place_schedule()
+
+    def _step_of_examples(self, shared: State) -> int:
+        epoch, step = divmod(shared["counters"]["step"], shared["steps_per_epoch"])
+        seen, batch = step * shared["examples_per_step"], self.batches.total
+        return epoch * self.sampler.steps_per_epoch + min(-(-seen // batch),
+                                                          self.sampler.steps_per_epoch)
+
+    def _place_schedule(self) -> None:
+        self.schedule.last_epoch = self.counters.step
+        rates = self.schedule.get_lr()
+        for group, rate in zip(self.optimizer.param_groups, rates):
+            group["lr"] = rate
+        self.schedule._last_lr = list(rates)
+
+
+def build(config: TrainConfig, world: World, device: torch.device) -> Job:
+    """Build a run at its start. The ranks' models are alike by their seed only; see `align`.
+
+    Raises:
+        ValueError: for settings that do not fit the data.
+    """
+    datasets = data.build(config.data, seed=config.seed)
+    workers, virtual = config.workers(world.size), config.virtual_workers
+    sampler = WorkerSampler(
+        len(datasets.train), num_workers=workers, batch_size=config.worker_batch(world.size),
+        worker_ids=range(world.rank * virtual, (world.rank + 1) * virtual), seed=config.seed)
+    total_steps = max(1, round(config.epochs * sampler.steps_per_epoch))
+    torch.manual_seed(config.seed)
+    model = models.build(config.model, datasets.spec.num_classes, datasets.spec.image_shape)
+    model.to(device)
+    ema = make_ema(model, config.ema)
+    noise = config.noise.build(seed=config.seed, batch_size=sampler.batch_size,
+                               total_steps=total_steps)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    optimizer = DistributedOptimizer(
+        build_optimizer(model, config.optim), named_parameters=model.named_parameters(),
+        backward_passes_per_step=config.accumulate, noise=noise, virtual_workers=virtual,
+        world=world)
+    optimizer.loss_scale = scaler.get_scale if scaler.is_enabled() else 1.0
+    schedule = build_schedule(optimizer, config.lr, sampler.batch_size * workers,
+                              sampler.steps_per_epoch, config.epochs)
+    return Job(config, world, device, datasets, sampler, model, optimizer, schedule, scaler, ema,
+               total_steps)
+
+
+def align(job: Job) -> None:
+    """Give every rank the model of rank 0. Collective."""
+    handles = [job.world.broadcast_(tensor, root=0, name=f"align.{name}")
+               for name, tensor in job.model.state_dict().items()]
+    for handle in handles:
+        handle.wait()
+    if job.ema is not None:
+        job.ema.module.load_state_dict(job.model.state_dict())
+
+
+def _generators() -> State:
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    state: State = {"torch": torch.get_rng_state(), "python": random.getstate(),
+                    "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position,
+                              has_gauss, gauss]}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_generators(state: State) -> None:
+    torch.set_rng_state(state["torch"])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, _as_uint32(keys), *rest))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _as_uint32(keys: Tensor) -> Any:
+    return keys.numpy().astype(np.uint32)

@@ -1,0 +1,192 @@
+"""The training loop, from top to bottom.
+
+`run` prepares what a run needs (data, model, a checkpoint to go on from, the folder) and calls
+`train`; a step is in `take_step`; what happens between steps is in `hvdnoise.training.milestones`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils import clip_grad_norm_
+
+from hvdnoise.comm import World
+from hvdnoise.streams import seed_for
+from hvdnoise.training import data
+from hvdnoise.training.config import TrainConfig
+from hvdnoise.training.job import Job, align, build
+from hvdnoise.training.meter import Meter
+from hvdnoise.training.milestones import finish, preempted, save, score
+from hvdnoise.training.preemption import EXIT_PREEMPTED, Preemption
+from hvdnoise.training.progress import Progress, log
+from hvdnoise.training.records import Records
+from hvdnoise.training.runfolder import find_source, open_folder, together
+
+MEASURES_PER_LINE = 4  # steps of a log interval whose norms are measured
+
+
+class Diverged(RuntimeError):
+    """Too many steps in a row without a finite gradient; equal on all ranks."""
+
+
+def run(config: TrainConfig, world: World, device: torch.device, preemption: Preemption) -> int:
+    """Train as ``config`` says; the exit code. Collective.
+
+    Raises:
+        ConfigError, DataError: for settings or data that cannot be used; nothing was created.
+        CheckpointError, Diverged: on all ranks alike.
+    """
+    data.prepare(config.data, world)
+    job = together(world, lambda: build(config, world, device))
+    source = find_source(config, world)
+    folder = open_folder(config, world, job.model)
+    if source is None:
+        align(job)
+    else:
+        job.load(*source)
+    at = job.counters
+    records = Records(folder, rank=world.rank, tensorboard=config.tensorboard,
+                      resumed_at=None if config.resume == "never" else at.step)
+    progress = Progress(config.progress, rank=world.rank, total=job.total_steps, done=at.step)
+    log.info("%d ranks x %d workers x %d examples, %d steps, in %s", world.size,
+             config.virtual_workers, job.batches.worker, job.total_steps, folder)
+    try:
+        return train(job, folder, records, progress, preemption)
+    finally:
+        progress.close()
+        records.close()
+
+
+def train(job: Job, folder: Path, records: Records, progress: Progress, preemption: Preemption
+          ) -> int:
+    """The loop, and what comes after it. Collective."""
+    config, at = job.config, job.counters
+    per_epoch = job.sampler.steps_per_epoch
+    loader = data.train_loader(job.datasets, job.sampler, pin_memory=job.device.type == "cuda",
+                               loader_workers=config.data.loader_workers)
+    meter = Meter(job.batches, job.device)
+    saved_at, scored_at, scores = -1, -1, dict[str, float]()
+    job.model.train()
+    while at.step < job.total_steps:
+        job.sampler.set_epoch(at.step // per_epoch, at.step % per_epoch)
+        batches = iter(loader)
+        epoch_end = min(job.total_steps, (at.step // per_epoch + 1) * per_epoch)
+        while at.step < epoch_end:
+            if preemption.agreed(job.world):
+                preempted(job, folder, saved=saved_at == at.step)
+                return EXIT_PREEMPTED
+            take_step(job, batches, meter)
+            progress.step()
+            if at.step % config.log_every == 0 or at.step == epoch_end:
+                _log(job, meter, records, progress)
+            if _due(at.step, config.eval_every * per_epoch):
+                scored_at, scores = at.step, score(job, folder, records)
+            if _due(at.step, config.checkpoint.every_steps) or _due(
+                    at.step, config.checkpoint.every_epochs * per_epoch):
+                saved_at = save(job, folder)
+    preemption.settle()
+    if scored_at != at.step:
+        scores = score(job, folder, records)
+    if saved_at != at.step:
+        save(job, folder)
+    finish(job, folder, scores)
+    return 0
+
+
+def take_step(job: Job, batches: Iterator[tuple[Tensor, Tensor]], meter: Meter) -> None:
+    """One step: forward and backward of each of this rank's workers, and the update.
+
+    A gradient that is not finite (equal on all ranks, being the mean) is not used: the weights
+    stay as they are, and the step is counted as bad.
+    """
+    started = time.perf_counter()
+    config, optimizer, at = job.config, job.optimizer, job.counters
+    parts = [next(batches) for _ in job.sampler.worker_ids]
+    every = max(1, config.log_every // MEASURES_PER_LINE)
+    optimizer.measure = job.batches.worker != job.batches.total and (at.step + 1) % every == 0
+    result: dict[str, Any] = {}
+
+    def gradients() -> None:
+        optimizer.zero_grad()
+        result["sums"] = _forward_and_backward(job, parts)
+        job.scaler.unscale_(optimizer)
+        norm = clip_grad_norm_(job.model.parameters(), config.clip_norm or math.inf)
+        result["bad"] = not bool(torch.isfinite(norm))
+        if result["bad"]:
+            for p in job.model.parameters():
+                p.grad = None
+
+    if optimizer.noise is not None and optimizer.noise.lag == 0:
+        optimizer.step(gradients)
+    else:
+        gradients()
+        if not result["bad"]:
+            job.scaler.step(optimizer)
+        job.scaler.update()
+    rate = float(optimizer.param_groups[0]["lr"])
+    job.schedule.step()
+    if job.ema is not None and not result["bad"]:
+        job.ema.update_parameters(job.model)
+    at.step += 1
+    _count_bad(job, result["bad"])
+    seconds = time.perf_counter() - started
+    at.seconds += seconds
+    meter.add(result["sums"], learning_rate=rate, seconds=seconds, bad=result["bad"],
+              waiting=optimizer.communication_seconds,
+              measured=optimizer.measured if optimizer.measure else None)
+
+
+def _forward_and_backward(job: Job, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """(3,): the sums of losses and of right answers, and the number of examples."""
+    config = job.config
+    sums = torch.zeros(3, dtype=torch.float64, device=job.device)
+    precision = torch.float16 if config.precision == "fp16" else torch.bfloat16
+    for worker, (images, labels) in zip(job.sampler.worker_ids, parts):
+        # dropout and the like depend on step and worker alone, wherever the worker lives
+        torch.manual_seed(seed_for(config.seed, "worker", job.counters.step, worker))
+        images = images.to(job.device, non_blocking=True)
+        labels = labels.to(job.device, non_blocking=True)
+        for x, y in zip(images.chunk(config.accumulate), labels.chunk(config.accumulate)):
+            with torch.autocast(job.device.type, precision, enabled=config.precision != "fp32"):
+                logits = job.model(x)
+            losses = F.cross_entropy(logits.float(), y, reduction="none",
+                                     label_smoothing=config.label_smoothing)
+            loss = job.optimizer.weigh(losses) / config.accumulate
+            job.scaler.scale(loss).backward()
+            sums[0] += losses.detach().double().sum()
+            sums[1] += (logits.argmax(1) == y).sum()
+            sums[2] += len(y)
+    return sums
+
+
+def _count_bad(job: Job, bad: bool) -> None:
+    at = job.counters
+    at.bad_steps += bad
+    at.bad_in_a_row = at.bad_in_a_row + 1 if bad else 0
+    if at.bad_in_a_row >= job.config.max_bad_steps:
+        raise Diverged(f"the gradient was not finite in {at.bad_in_a_row} steps in a row, the last "
+                       f"at step {at.step}: lower optim.lr or the noise's scale, set clip_norm, or "
+                       "look for bad data; the last checkpoint is intact")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _log(job: Job, meter: Meter, records: Records, progress: Progress) -> None:
+    bad = meter.bad_steps
+    values = meter.flush(job.world)
+    epoch = job.counters.step / job.sampler.steps_per_epoch
+    records.write("train", job.counters.step, {"epoch": epoch, **values})
+    if bad:
+        log.warning("%d steps without a finite gradient were skipped", bad)
+    progress.show(f"epoch {epoch:.1f}  loss {values['loss']:.3f}  "
+                  f"train accuracy {values['accuracy']:.3f}  "
+                  f"{values['examples_per_second'] or 0:.0f} examples/s")

@@ -1,0 +1,179 @@
+"""Models by name.
+
+- small-cnn: three convolutions with group norm and a linear layer; for small images and quick runs.
+- resnet20, 32, 44, 56, 110: the CIFAR networks of He et al., Deep residual learning, 2015, with
+  shortcuts of option A (strided identity, new channels zero), as in the paper's CIFAR section.
+- vgg16-bn: VGG16 with batch norm and one linear layer, for images of about 32x32 pixels.
+- any classifier of torchvision.models by its name, with random weights ("resnet18", or
+  "torchvision:resnet18"). Its first convolution is made anew for images without 3 channels.
+
+Weights are drawn from torch's default generator: seed it (equally on all ranks) before `build`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_Builder = Callable[[int, tuple[int, int, int]], nn.Module]
+_PREFIX = "torchvision:"
+
+
+def names() -> list[str]:
+    """Every name that `build` knows."""
+    return [*_BUILDERS, *_torchvision_names()]
+
+
+def build(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    """A new model: (b, C, H, W) float images -> (b, num_classes) logits.
+
+    Args:
+        name: one of `names()`; "torchvision:NAME" takes torchvision's where both have one.
+        num_classes: width of the logits.
+        image_shape: (C, H, W).
+
+    Raises:
+        ValueError: an unknown name (with the nearest ones), or images the model cannot take.
+    """
+    builder = _find(name)
+    try:
+        model = builder(num_classes, image_shape).eval()
+        with torch.no_grad():  # a blank image, so that a misfit is an error before the run
+            logits = model(torch.zeros(1, *image_shape))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ValueError(f"model {name!r} cannot take images of shape {image_shape} "
+                         f"({' '.join(str(error).split())}): choose another model or "
+                         "data.image_size") from error
+    assert logits.shape == (1, num_classes)
+    return model.train()
+
+
+def _find(name: str) -> _Builder:
+    if name in _BUILDERS:
+        return _BUILDERS[name]
+    plain = name.removeprefix(_PREFIX)
+    if plain in _torchvision_names():
+        return functools.partial(_torchvision, plain)
+    near = difflib.get_close_matches(plain, names(), n=3, cutoff=0.5)
+    raise ValueError(f"model {name!r} is unknown: did you mean {' or '.join(near)}?" if near else
+                     f"model {name!r} is unknown: choose one of {', '.join(_BUILDERS)} or a "
+                     "classifier of torchvision")
+
+
+class _SmallCNN(nn.Sequential):
+    """Three times (3x3 convolution, group norm, ReLU, 2x2 max pooling), then a linear layer.
+
+    Group norm, not batch norm: no statistics of the batch, so that a worker's gradient depends on
+    its own examples alone and W virtual workers give what W ranks give.
+    """
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        channels, height, width = image_shape
+        layers: list[nn.Module] = []
+        for wide in (32, 64, 128):
+            layers += [nn.Conv2d(channels, wide, 3, padding=1, bias=False), nn.MaxPool2d(2),
+                       nn.GroupNorm(4, wide), nn.ReLU()]
+            channels = wide
+        layers += [nn.Flatten(), nn.Linear(channels * (height // 8) * (width // 8), num_classes)]
+        super().__init__(*layers)
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions and the shortcut of option A."""
+
+    def __init__(self, narrow: int, wide: int) -> None:
+        super().__init__()
+        self.stride = 1 if narrow == wide else 2
+        self.conv1 = nn.Conv2d(narrow, wide, 3, self.stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(wide)
+        self.conv2 = nn.Conv2d(wide, wide, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(wide)
+        self.new_channels = wide - narrow
+
+    def forward(self, images: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(images)))))
+        if self.stride == 2:
+            images = images[:, :, ::2, ::2]
+            half = self.new_channels // 2
+            images = F.pad(images, (0, 0, 0, 0, half, half))
+        return F.relu(out + images)
+
+
+class _CifarResNet(nn.Module):
+    """6n + 2 layers: n blocks each of 16, 32 and 64 channels, mean over pixels, linear."""
+
+    def __init__(self, depth: int, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(image_shape[0], 16, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(16)
+        widths = [16] + [wide for wide in (16, 32, 64) for _ in range((depth - 2) // 6)]
+        self.blocks = nn.Sequential(*(_Block(a, b) for a, b in zip(widths, widths[1:])))
+        self.linear = nn.Linear(64, num_classes)
+        _kaiming(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        out = self.blocks(F.relu(self.bn(self.conv(images))))
+        logits: Tensor = self.linear(out.mean((2, 3)))
+        return logits
+
+
+def _vgg16_bn(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    channels = image_shape[0]
+    layers: list[nn.Module] = []
+    for widths in ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3):
+        for wide in widths:
+            layers += [nn.Conv2d(channels, wide, 3, padding=1, bias=False), nn.BatchNorm2d(wide),
+                       nn.ReLU(inplace=True)]
+            channels = wide
+        layers.append(nn.MaxPool2d(2, ceil_mode=True))  # ceil: 28 pixels last five halvings too
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_classes)]
+    model = nn.Sequential(*layers)
+    _kaiming(model)
+    return model
+
+
+def _kaiming(model: nn.Module) -> None:
+    """He et al.'s initialisation: normal, variance 2 / fan_out, in every convolution."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _torchvision_names() -> list[str]:
+    from hvdnoise.training.torchvision_compat import models
+    found: list[str] = models.list_models(module=models)
+    return found
+
+
+def _torchvision(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    from hvdnoise.training.torchvision_compat import models
+    options: dict[str, Any] = {"num_classes": num_classes, "weights": None}
+    if name in ("googlenet", "inception_v3"):  # else they return a tuple, and warn
+        options.update(aux_logits=False, init_weights=True)
+    if name.startswith("vit_"):
+        options["image_size"] = image_shape[1]
+    model: nn.Module = models.get_model(name, **options)
+    if image_shape[0] != 3:
+        first: Any
+        path, first = next((path, module) for path, module in model.named_modules()
+                           if isinstance(module, nn.Conv2d))
+        assert first.dilation == (1, 1) and first.groups == 1
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, nn.Conv2d(
+            image_shape[0], first.out_channels, first.kernel_size, first.stride, first.padding,
+            bias=first.bias is not None))
+    return model
+
+
+_BUILDERS: dict[str, _Builder] = {
+    "small-cnn": _SmallCNN,
+    **{f"resnet{depth}": functools.partial(_CifarResNet, depth)
+       for depth in (20, 32, 44, 56, 110)},
+    "vgg16-bn": _vgg16_bn,
+}

@@ -1,0 +1,66 @@
+"""SIGTERM as a wish that all ranks grant at the same step.
+
+The signal only raises a flag on the rank that got it. At each step boundary the ranks start a
+reduction of their flags (one number, asynchronous) and look at the one of the boundary before, so
+that nobody waits for it, and all ranks stop at the same step, at most two after the signal.
+
+A second SIGTERM ends the process at once. It is noticed by a thread, because Python's own signal
+handlers do not run while the main thread waits inside a collective. Launchers and schedulers may
+deliver one wish twice (to the process and to its group): what follows the first signal within
+`SAME_SIGNAL_SECONDS` counts as the same.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import torch
+
+from hvdnoise.comm import Handle, World
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, start me again
+EXIT_AT_ONCE = 128 + signal.SIGTERM
+SAME_SIGNAL_SECONDS = 1.0
+
+
+class Preemption:
+    """Takes over SIGTERM in this process (main thread only)."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._since = 0.0
+        self._pending: Handle | None = None
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.signal(signal.SIGTERM, lambda *_: None)  # so that Python writes to the pipe
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(read,), name="hvdnoise-sigterm",
+                         daemon=True).start()
+
+    def _watch(self, pipe: int) -> None:
+        while received := os.read(pipe, 64):
+            if signal.SIGTERM not in received:
+                continue
+            if not self.wanted:
+                self.wanted, self._since = True, time.monotonic()
+            elif time.monotonic() - self._since > SAME_SIGNAL_SECONDS:
+                os.write(2, b"hvdnoise: second SIGTERM: ending at once\n")
+                os._exit(EXIT_AT_ONCE)
+
+    def agreed(self, world: World) -> bool:
+        """Whether the ranks stop at this step boundary. Collective: call it at each one."""
+        if world.size == 1:
+            return self.wanted
+        if self.settle():
+            return True
+        self._pending = world.allreduce_(torch.tensor([float(self.wanted)]),
+                                         name="hvdnoise.preempt", op="max")
+        return False
+
+    def settle(self) -> bool:
+        """Wait for the reduction under way; whether a rank wanted to stop. Collective."""
+        pending, self._pending = self._pending, None
+        return pending is not None and float(pending.wait()) > 0

@@ -1,0 +1,67 @@
+"""Scoring the weights of an earlier run: `hvdnoise eval`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from hvdnoise.comm import World
+from hvdnoise.training import checkpoint, data, models
+from hvdnoise.training.config import ConfigError, TrainConfig
+from hvdnoise.training.evaluate import evaluate
+from hvdnoise.training.options import parse
+from hvdnoise.training.progress import log
+from hvdnoise.training.runfolder import together
+
+_FILES = {"final": "weights.pt", "best": "weights-best.pt", "ema": "weights-ema.pt"}
+
+
+def find(run: str, which: str, data_root: str | None) -> tuple[TrainConfig, Path]:
+    """The settings of a run and the file of the weights asked for.
+
+    Raises:
+        ConfigError: when there is no such run or file.
+    """
+    folder = Path(run)
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"run={run or '(none)'} holds no config.yaml: give the folder of a run")
+    config = parse(TrainConfig, ["--config", str(folder / "config.yaml")], program="hvdnoise eval")
+    weights = folder / _FILES[which] if which in _FILES else Path(which)
+    if weights.is_dir():
+        weights = weights / "shared.pt"
+    if not weights.is_file():
+        others = [str(path) for path in checkpoint.found(folder / "checkpoints")]
+        others += [name for name, file in _FILES.items() if (folder / file).is_file()]
+        raise ConfigError(f"checkpoint={which}: there is no {weights}; there are: "
+                          f"{', '.join(others) or 'none'}")
+    if data_root is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=data_root))
+    return config, weights
+
+
+def score(config: TrainConfig, weights: Path, world: World, device: torch.device, *,
+          batch_size: int) -> int:
+    """Score, and say the result on one line. Collective."""
+    data.prepare(config.data, world)
+
+    def load() -> tuple[data.Datasets, torch.nn.Module]:
+        datasets = data.build(config.data, seed=config.seed)
+        model = models.build(config.model, datasets.spec.num_classes, datasets.spec.image_shape)
+        if weights.name == "shared.pt":
+            checkpoint.check(weights.parent, {"shared.pt"})
+        state = checkpoint.read(weights)
+        try:
+            model.load_state_dict(state["model"] if weights.name == "shared.pt" else state)
+        except (RuntimeError, KeyError) as error:
+            raise ConfigError(f"{weights} does not fit the model {config.model}: {error}"
+                              ) from error
+        return datasets, model.to(device)
+
+    datasets, model = together(world, load)
+    batches = data.test_loader(datasets, size=world.size, rank=world.rank, batch_size=batch_size)
+    found = evaluate(model, batches, world, device)
+    log.info("test accuracy %.4f  test loss %.4f  on %d examples of %s, weights %s",
+             found.accuracy, found.loss, found.count, config.data.dataset, weights)
+    return 0

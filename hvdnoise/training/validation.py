@@ -1,0 +1,125 @@
+"""What makes settings right or wrong as a whole, before anything is started or created."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from hvdnoise.training.config import ConfigError, TrainConfig
+
+
+def validate(config: TrainConfig, size: int) -> None:
+    """Check the settings as a whole, for ``size`` ranks.
+
+    Raises:
+        ConfigError: one line with the value that is wrong and the remedy.
+    """
+    for check in (_check_numbers, _check_batch, _check_noise, _check_names, _check_folders):
+        try:
+            check(config, size)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(" ".join(str(error).split())) from error
+
+
+def require(right: bool, name: str, value: Any, remedy: str) -> None:
+    """Raise a ConfigError unless ``right``."""
+    if not right:
+        raise ConfigError(f"{name}={value} is wrong: {remedy}")
+
+
+def _check_numbers(config: TrainConfig, size: int) -> None:
+    require(0 < config.epochs < math.inf, "epochs", config.epochs, "give a number above 0")
+    for name, least in (("virtual_workers", 1), ("accumulate", 1), ("max_bad_steps", 1),
+                        ("log_every", 1), ("eval_every", 0), ("seed", 0)):
+        value = getattr(config, name)
+        require(value >= least, name, value, f"give {least} or more")
+    require(config.threads is None or config.threads >= 1, "threads", config.threads,
+            "give 1 or more")
+    require(0 <= config.label_smoothing < 1, "label_smoothing", config.label_smoothing,
+            "give 0 <= s < 1")
+    require(config.clip_norm is None or 0 < config.clip_norm < math.inf, "clip_norm",
+            config.clip_norm, "give a number above 0")
+    require(config.ema is None or 0 < config.ema < 1, "ema", config.ema, "give 0 < decay < 1")
+    for name, least in (("every_steps", 0), ("every_epochs", 0), ("keep", 1)):
+        value = getattr(config.checkpoint, name)
+        require(value >= least, f"checkpoint.{name}", value, f"give {least} or more")
+
+
+def _check_batch(config: TrainConfig, size: int) -> None:
+    workers = config.workers(size)
+    if config.global_batch is not None:
+        lower = config.global_batch // workers * workers
+        require(config.global_batch >= 1 and config.global_batch % workers == 0, "global_batch",
+                config.global_batch, f"it is not divisible by the {workers} workers ({size} ranks x"
+                f" {config.virtual_workers} virtual workers); give {lower or workers} or "
+                f"{lower + workers}, or change virtual_workers")
+    batch = config.worker_batch(size)
+    require(batch % config.accumulate == 0, "accumulate", config.accumulate,
+            f"it does not divide a worker's batch of {batch}")
+    from torch import nn, optim
+
+    from hvdnoise.training.optim import build_schedule
+    from hvdnoise.training.sampler import steps_per_epoch
+    given = config.data.num_examples if config.data.dataset == "synthetic" else config.data.limit
+    if given is not None:
+        steps_per_epoch(min(given, config.data.limit or given), workers, batch)
+    build_schedule(optim.SGD(nn.Linear(1, 1).parameters(), lr=config.optim.lr), config.lr,
+                   batch * workers, 1, config.epochs)  # for what it refuses
+
+
+def _check_noise(config: TrainConfig, size: int) -> None:
+    workers, batch = config.workers(size), config.worker_batch(size)
+    noise = config.noise.build(seed=config.seed, batch_size=batch, total_steps=1)
+    if noise is None:
+        return
+    kind = config.noise.kind
+    require(workers >= noise.min_workers, "noise.kind", kind,
+            f"it needs at least {noise.min_workers} workers and there is {workers} ({size} rank x "
+            f"virtual_workers={config.virtual_workers}); set virtual_workers=2 or more, or start "
+            "more ranks")
+    emulated = config.noise.emulated_batch
+    require(emulated is None or emulated <= batch * workers, "noise.emulated_batch", emulated,
+            f"the batch of all workers is {batch * workers}, and noise can only emulate a smaller "
+            "one; lower it, or raise the batch")
+    require(noise.lag != 0 or config.precision != "fp16", "noise.lag", noise.lag,
+            "it does not go with precision=fp16 (a step of two passes cannot be scaled); use bf16 "
+            "or lag 1")
+
+
+def _check_names(config: TrainConfig, size: int) -> None:
+    from hvdnoise.training import models
+    models._find(config.model)
+    name = config.name
+    require(name is None or bool(name) and Path(name).name == name, "name", repr(name),
+            "give a plain name without slashes")
+    if config.device == "cuda":
+        import torch
+        require(torch.cuda.is_available(), "device", "cuda",
+                "torch sees no GPU here; use device=auto or cpu, or a CUDA build of torch")
+
+
+def _check_folders(config: TrainConfig, size: int) -> None:
+    from hvdnoise.training.records import is_run
+    resumes = config.resume != "never"
+    require(not (resumes and config.overwrite), "overwrite", config.overwrite,
+            f"it contradicts resume={config.resume}; leave one out")
+    require(resumes or not config.resume_resize, "resume_resize", config.resume_resize,
+            "there is nothing to resize without resume; add --resume auto or a path")
+    require(config.resume != "auto" or config.run_dir is not None, "resume", "auto",
+            "name the run to go on with: add --run_dir")
+    require(config.resume in ("never", "auto") or Path(config.resume).is_dir(), "resume",
+            config.resume, "there is no such folder; give never, auto or the path of a checkpoint "
+            "or run")
+    if config.run_dir is None:
+        return
+    folder = Path(config.run_dir)
+    require(folder.is_dir() or not folder.exists(), "run_dir", folder, "it is not a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        require(is_run(folder), "run_dir", folder,
+                "the folder is not empty and holds no run; give a new one")
+        require(resumes or config.overwrite, "run_dir", folder,
+                "it holds a run already; give a new one, or --resume auto to go on with it, or "
+                "--overwrite to replace it")

@@ -1,0 +1,123 @@
+"""A small model and its data, for the checks that compare whole training loops."""
+
+from __future__ import annotations
+
+from typing import Any, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hvdnoise.comm import World
+
+
+class Net(nn.Module):
+    """Convolution, batch normalization and two linear layers: 7 parameters, 1,152 numbers.
+
+    The convolution has no bias: its gradient would be rounding errors only, which Adam enlarges.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 4, 3, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.hidden = nn.Linear(64, 16)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = torch.relu(self.norm(self.convolution(images))).flatten(1)
+        logits: Tensor = self.head(torch.tanh(self.hidden(features)))
+        return logits
+
+
+class Words(nn.Module):
+    """An embedding, sparse or not, whose rows several examples share."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(12, 8, sparse=sparse)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, words: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.embedding(words).mean(1))
+        return logits
+
+
+def net(seed: int = 1) -> Net:
+    """The same model on every rank."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Net()
+
+
+def words(sparse: bool) -> Words:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return Words(sparse)
+
+
+def images(*key: int, count: int = 4) -> Tensor:
+    """(count, 1, 6, 6): the same for the same key, such as (rank, step)."""
+    return torch.randn(count, 1, 6, 6, generator=_generator(key))
+
+
+def word_lists(*key: int, count: int = 4) -> Tensor:
+    return torch.randint(12, (count, 3), generator=_generator(key))
+
+
+def labels(*key: int, count: int = 4) -> Tensor:
+    return torch.randint(4, (count,), generator=_generator((*key, 7)))
+
+
+def loss_of(model: nn.Module, *key: int) -> Tensor:
+    """The mean loss over the examples of a key."""
+    inputs = word_lists(*key) if isinstance(model, Words) else \
+        images(*key).to(next(model.parameters()).dtype)
+    return nn.functional.cross_entropy(model(inputs), labels(*key))
+
+
+def mean_gradient(model: nn.Module, ranks: Iterable[int], *key: int) -> list[Tensor]:
+    """What an exchange between these ranks must give, computed by this rank alone."""
+    losses = [loss_of(model, rank, *key) for rank in ranks]
+    return list(torch.autograd.grad(torch.stack(losses).mean(), list(model.parameters())))
+
+
+def close(left: Iterable[Tensor], right: Iterable[Tensor], tolerance: float = 1e-6) -> bool:
+    """Equal to rounding."""
+    return all(torch.allclose(a.detach().double(), b.detach().double(), rtol=10 * tolerance,
+                              atol=tolerance) for a, b in zip(left, right, strict=True))
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+    return len(left) == len(right) and all(map(torch.equal, left, right))
+
+
+def assert_ranks_agree(world: World, tensors: Iterable[Tensor], what: str = "weights") -> None:
+    """The same bits on every rank, and finite."""
+    flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+    everyone = world.allgather(flat[None], name=f"agree.{what}").wait()
+    assert bool(everyone.isfinite().all()), f"{what} are not finite"
+    assert torch.equal(everyone, flat.expand(world.size, -1)), f"the ranks differ in {what}"
+
+
+def raised(kind: type[BaseException], call: Any, *args: Any) -> str:
+    """The message of the error that a call must raise."""
+    try:
+        call(*args)
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"no {kind.__name__} was raised")
+
+
+def _generator(key: Sequence[int]) -> torch.Generator:
+    seed = 1
+    for part in key:
+        seed = seed * 1_000_003 + part + 17
+    return torch.Generator().manual_seed(seed % 2 ** 63)

@@ -1,0 +1,112 @@
+"""Models by name: sizes known from the papers, all image shapes in use, errors in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from hvdnoise.training import models
+
+CIFAR, FASHION = (3, 32, 32), (1, 28, 28)
+
+
+def size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("depth,millions", [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85),
+                                            (110, 1.7)])
+def test_cifar_resnets_have_the_sizes_of_the_paper(depth: int, millions: float) -> None:
+    """He et al. 2015, table 6; and the depth: convolutions and the linear layer."""
+    model = models.build(f"resnet{depth}", 10, CIFAR)
+    assert abs(size(model) / 1e6 - millions) < (0.05 if depth == 110 else 0.006)
+    layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    assert len(layers) == depth
+
+
+def test_option_a_shortcuts_are_strided_identities() -> None:
+    model = models.build("resnet20", 10, CIFAR).eval()
+    block = next(module for module in model.modules() if getattr(module, "stride", 0) == 2
+                 and not isinstance(module, nn.Conv2d))
+    nn.init.zeros_(block.bn2.weight)  # type: ignore[union-attr, arg-type]
+    images = torch.rand(2, 16, 6, 6)
+    out = block(images)
+    assert out.shape == (2, 32, 3, 3)
+    torch.testing.assert_close(out[:, 8:24], images[:, :, ::2, ::2])
+    assert not out[:, :8].any() and not out[:, 24:].any()
+
+
+@pytest.mark.parametrize("name,shape", [
+    ("small-cnn", FASHION), ("small-cnn", CIFAR), ("resnet20", FASHION), ("vgg16-bn", CIFAR),
+    ("vgg16-bn", FASHION), ("resnet18", CIFAR), ("torchvision:resnet18", FASHION),
+    ("mobilenet_v3_small", FASHION), ("googlenet", (3, 64, 64))])
+def test_models_train_on_these_shapes(name: str, shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    model = models.build(name, 7, shape)
+    assert model.training
+    logits = model(torch.rand(2, *shape))
+    assert logits.shape == (2, 7) and logits.dtype == torch.float32
+    logits.sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all()
+               for parameter in model.parameters())
+
+
+def test_vgg16_has_13_convolutions() -> None:
+    assert size(models.build("vgg16-bn", 10, CIFAR)) == 14_724_042
+    convolutions = [m for m in models.build("vgg16-bn", 10, FASHION).modules()
+                    if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 13 and convolutions[0].in_channels == 1
+
+
+def test_building_draws_weights_by_the_seed_only() -> None:
+    torch.manual_seed(3)
+    first = models.build("small-cnn", 10, FASHION).state_dict()
+    torch.manual_seed(3)
+    second = models.build("small-cnn", 10, FASHION).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_batch_statistics_start_untouched() -> None:
+    """The blank image that `build` tries must leave no trace in batch norm."""
+    for name in ("resnet20", "vgg16-bn", "resnet18"):
+        for key, value in models.build(name, 10, CIFAR).state_dict().items():
+            if key.endswith("running_mean") or key.endswith("num_batches_tracked"):
+                assert not value.any()
+
+
+def test_small_cnn_treats_each_example_alone() -> None:
+    model = models.build("small-cnn", 10, FASHION)
+    images = torch.rand(4, *FASHION)
+    torch.testing.assert_close(model(images)[:2], model(images[:2]))
+
+
+@pytest.mark.parametrize("name,shape,text", [
+    ("resnet19", CIFAR, "model 'resnet19' is unknown: did you mean resnet18"),
+    ("small_cnn", CIFAR, "did you mean small-cnn"),
+    ("torchvision:nothing-like-it", CIFAR, "choose one of small-cnn, resnet20"),
+    ("alexnet", FASHION, r"'alexnet' cannot take images of shape \(1, 28, 28\).*another model"),
+    ("vit_b_16", FASHION, "'vit_b_16' cannot take images"),
+    ("torchvision:resnet20", CIFAR, "is unknown")])
+def test_misfits_are_one_line(name: str, shape: tuple[int, int, int], text: str) -> None:
+    with pytest.raises(ValueError, match=text) as caught:
+        models.build(name, 10, shape)
+    assert "\n" not in str(caught.value)
+
+
+def test_names_lists_ours_and_torchvisions() -> None:
+    names = set(models.names())
+    assert {"small-cnn", "resnet110", "vgg16-bn", "resnet18", "convnext_tiny"} <= names
+
+
+def test_torchvision_is_imported_once_and_late() -> None:
+    """The models of ours need no torchvision; the compatible import works twice, in any order."""
+    program = ("import sys; from hvdnoise.training import data, models;"
+               "models.build('small-cnn', 10, (1, 28, 28));"
+               "assert 'torchvision' not in sys.modules;"
+               "from hvdnoise.training import torchvision_compat as t; import importlib, torch;"
+               "importlib.reload(t); import torchvision; assert torch.ops.torchvision.nms")
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
