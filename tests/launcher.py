@@ -136,7 +136,7 @@ def run_command(np: int, command: Sequence[str], *, launcher: str = "gloo", time
         finally:  # also when pytest itself is interrupted
             ended_after = time.monotonic() - started
             leftovers = _end_all(mark, LEFTOVER_SECONDS if exit_code is not None else 0.0)
-            process.wait()
+            process.wait(10)
         output.seek(0)
         text = output.read().decode(errors="replace")
     return Ended(exit_code, ended_after, text, leftovers if exit_code is not None else [])

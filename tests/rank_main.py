@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -75,7 +76,9 @@ def main(folder: Path) -> int:
     os.dup2(log, 2)
     call = json.loads((folder / "call.json").read_text())
     faulthandler.enable()
-    faulthandler.dump_traceback_later(max(0.5, call["deadline"] - time.time() - 1.0))
+    left = call["deadline"] - time.time()
+    faulthandler.dump_traceback_later(max(0.5, left - 1.0))
+    signal.alarm(max(1, int(left)) + 30)  # ends this rank even if the launching test was killed
     try:
         function = getattr(load(call["module"]), call["function"])
         write_result(stem, function(*call["args"]))

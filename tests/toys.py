@@ -96,11 +96,12 @@ class Record:
 
 
 def train(model: nn.Module, optimizer: Any, steps: int, *, b: int = 4, first: int = 0,
-          loss_scale: float = 1.0, dtype: torch.dtype = torch.float64,
+          loss_scale: float | Callable[[], float] = 1.0, dtype: torch.dtype = torch.float64,
           before_step: Callable[[int], None] | None = None) -> Record:
     """Whole steps, each of this rank's workers on its own examples; lag 0 by a closure."""
     record, V, k = Record(), optimizer.virtual_workers, optimizer._passes.per_worker
     optimizer.loss_scale = loss_scale
+    factor = loss_scale() if callable(loss_scale) else loss_scale
     rank = optimizer.applied.world.rank
     for step in range(first, first + steps):
         if before_step is not None:
@@ -113,13 +114,13 @@ def train(model: nn.Module, optimizer: Any, steps: int, *, b: int = 4, first: in
                 for part in range(k):
                     part_x, part_y = x[part::k], y[part::k]
                     loss = optimizer.weigh(losses(model(part_x), part_y)) / k
-                    (loss * loss_scale).backward()
+                    (loss * factor).backward()
             gradients = vector(p.grad for p in model.parameters())
-            if loss_scale != 1:  # what GradScaler.unscale_ does
+            if factor != 1:  # what GradScaler.unscale_ does
                 for p in model.parameters():
                     assert p.grad is not None
-                    p.grad.div_(loss_scale)
-            record.gradients.append(gradients / loss_scale)
+                    p.grad.div_(factor)
+            record.gradients.append(gradients / factor)
         if optimizer.noise is not None and optimizer.noise.lag == 0:
             optimizer.step(closure)
             del record.gradients[-2]  # of the first, clean pass

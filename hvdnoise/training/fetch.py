@@ -33,7 +33,8 @@ from hvdnoise.comm import World
 from hvdnoise.training.dataspec import DataConfig, DataError
 
 _log = logging.getLogger(__name__)
-_PATIENCE_SECONDS = 8.0  # for a silent server: a missing data set is an error within 10 s
+_PATIENCE_SECONDS = 5.0  # until a server answers: a missing data set is an error within 10 s
+_STALL_SECONDS = 30.0  # between two pieces of a download
 _CHUNK = 1 << 20
 
 # Unpacked file: SHA-256 of its content, of Debian's .gz and of upstream's .gz. The two archives
@@ -218,12 +219,12 @@ def _download(url: str, target: Path, sums: Collection[str]) -> Path:
 
 
 def _open(url: str) -> IO[bytes]:
-    """urlopen with an end to its patience: looking up a host name has no timeout of its own."""
+    """urlopen, given up when no answer comes; looking up a name has no timeout of its own."""
     result: Future[Any] = Future()
 
     def attempt() -> None:
         try:
-            result.set_result(urllib.request.urlopen(url, timeout=_PATIENCE_SECONDS))
+            result.set_result(urllib.request.urlopen(url, timeout=_STALL_SECONDS))
         except Exception as error:
             result.set_exception(error)
 

@@ -15,6 +15,7 @@ and training goes on: it is the checkpoints that must not fail silently.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -113,9 +114,11 @@ class _LogFile(logging.FileHandler):
     """A log file whose failure is one warning, not a traceback a line."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        self.close()
+        error = sys.exc_info()[1]
         log.removeHandler(self)
-        log.warning("cannot write %s any more: %s", self.baseFilename, sys.exc_info()[1])
+        with contextlib.suppress(OSError):  # it flushes, and the disk may still be full
+            self.close()
+        log.warning("cannot write %s any more: %s", self.baseFilename, error)
 
 
 def start_logs(folder: Path, rank: int) -> None:

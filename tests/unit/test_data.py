@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import os
 import pickle
+import shutil
 import struct
 import tarfile
 import threading
@@ -23,6 +24,7 @@ from PIL import Image
 from hvdnoise.comm import World
 from hvdnoise.training import data, fetch
 from hvdnoise.training.data import DataConfig, DataError
+from hvdnoise.training.folder import FolderImages
 from hvdnoise.training.torchvision_compat import datasets as torchvision_datasets
 from tests.fake_world import ThreadWorld, run_threads
 
@@ -168,6 +170,10 @@ def test_a_missing_set_is_one_error_on_all_ranks(tmp_path: Path) -> None:
 def test_hosts_may_prepare_a_shared_folder_together(tmp_path: Path,
                                                     fashion: dict[str, np.ndarray]) -> None:
     config = fashion_config(tmp_path)
+    with fetch._beside(tmp_path / "x") as one, fetch._beside(tmp_path / "x") as other:
+        assert one != other
+        one.touch()
+        other.touch()
     run_threads(3, lambda world: data.prepare(config, world), local_size=1)
     assert len(data.build(config, seed=0).train) == 30
     assert not list(tmp_path.rglob("*.part"))
@@ -374,6 +380,18 @@ def test_augmentation_of_folders_leaves_other_draws_alone(tmp_path: Path) -> Non
     again = sets.train.batch([9, 2, 4], 7)[0]
     assert torch.equal(first[0], again[2]) and torch.equal(first[1], again[1])
     assert not torch.equal(sets.train.batch([2], 8)[0][0], first[1])
+
+
+def test_each_file_of_a_folder_has_its_own_draws(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    for i in (1, 2):
+        shutil.copy(tmp_path / "train/b/0.jpg", tmp_path / f"train/b/{i}.jpg")
+    sets = data.build(folder_config(tmp_path), seed=0)
+    assert isinstance(sets.train, FolderImages)
+    copies = [i for i, (path, _) in enumerate(sets.train.samples)
+              if path.endswith(("b/0.jpg", "b/1.jpg", "b/2.jpg"))]
+    plain, augmented = sets.train.batch(copies, None)[0], sets.train.batch(copies, 0)[0]
+    assert torch.equal(plain[0], plain[1]) and not torch.equal(augmented[0], augmented[1])
 
 
 def test_wrong_folders_are_refused(tmp_path: Path, world: World) -> None:

@@ -77,23 +77,18 @@ def leave_a_child() -> None:
                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, close_fds=True)
 
 
+OWNER_MARK = f"{MARKER}_OWNER={os.getpid()}"
+OWNER = dict([OWNER_MARK.split("=")])
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Any:
     """Whatever a test did, none of its processes is alive afterwards."""
     yield
-    marked = [entry.name for entry in Path("/proc").iterdir() if entry.name.isdigit()
-              and f"{MARKER}_OWNER={os.getpid()}" in _environ(entry)]
-    assert not marked
-
-
-def _environ(entry: Path) -> list[str]:
-    try:
-        return (entry / "environ").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return []
-
-
-OWNER = {f"{MARKER}_OWNER": str(os.getpid())}
+    left = processes_of(OWNER_MARK)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

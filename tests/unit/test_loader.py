@@ -91,6 +91,17 @@ def test_virtual_workers_load_what_ranks_load() -> None:
                     alone[worker::4])
 
 
+def test_a_loader_yields_the_sampled_examples_as_augmented_in_their_epoch() -> None:
+    sets = small()
+    sampler = sampler_of(sets, [1], 2)
+    loader = data.train_loader(sets, sampler)
+    for epoch, start in ((0, 0), (3, 2)):
+        sampler.set_epoch(epoch, start)
+        expected = [sets.train.batch(indices, epoch) for indices in sampler]
+        assert len(loader) == len(expected) == 6 - start
+        assert same(list(loader), expected)
+
+
 def test_iterating_draws_nothing_from_torch() -> None:
     sets = small()
     loader = data.train_loader(sets, sampler_of(sets, [0], 1))

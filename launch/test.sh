@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Checks the whole repository: set-up, style, types, tests. Further options go
+# to pytest, for instance: launch/test.sh tests/unit -k noise
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+launch/setup.sh
+
+# In a container all is root, and Open MPI wants to be told that this is meant.
+if [[ $EUID == 0 ]]; then
+    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # several ranks share the cores
+
+results=() failed=0
+check() { # NAME SECONDS COMMAND...
+    local start=$SECONDS status=0
+    printf '\n== %s\n' "$1"
+    timeout --foreground --signal=INT --kill-after=30 "$2" "${@:3}" || status=$?
+    results+=("$(printf '%-7s %-8s %5d s' "$( ((status)) && echo FAILED || echo ok)" "$1" $((SECONDS - start)))")
+    ((status == 0)) || failed=1
+}
+
+code=(hvdnoise tests)
+check flake8 120 .venv/bin/python -m flake8 "${code[@]}"
+check isort 120 .venv/bin/python -m isort --check --diff "${code[@]}"
+check mypy 600 .venv/bin/python -m mypy hvdnoise
+check pytest 1500 .venv/bin/python -m pytest "$@"
+
+printf '\n'
+printf '%s\n' "${results[@]}"
+exit "$failed"

@@ -1,0 +1,138 @@
+"""The noises on real ranks: W = 4 workers on 1, 2 or 4 ranks, against formulas and known laws.
+
+Statistical checks are exact tests with a false alarm in a million at most (tests/laws.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+
+from hvdnoise import GNC, CovarianceNoise
+from hvdnoise.comm import World
+from tests import reference
+from tests.fake_world import Meeting, ThreadWorld
+from tests.laws import assert_normal
+from tests.toys import Net, build, relative_error, train, vector
+from tests.unit import test_laws as laws
+from tests.unit import test_steps as steps
+
+WORLDS = ["gloo-1", "gloo-2", "gloo-4", "mpi-1", "mpi-2", "mpi-4"]
+W, M = 4, 3
+SAMPLES = 150  # steps; real ranks need milliseconds for each
+
+
+def on_this_world(world: Any, noise: Any, num_steps: int = 3, **options: Any) -> Any:
+    model, optimizer = build(world, noise, V=W // world.size, bucket_bytes=100, **options)
+    return train(model, optimizer, num_steps)
+
+
+def assert_formula(world: World, noise: Any, expected: list[tuple[Any, Any]]) -> None:
+    model, optimizer = build(world, noise, V=W // world.size, bucket_bytes=100,
+                             learning_rates=steps.RATES)
+
+    def decay(step: int) -> None:
+        for group, rate in zip(optimizer.param_groups, steps.RATES):
+            group["lr"] = rate * 0.8 ** step
+    steps.assert_same_run(train(model, optimizer, 3, before_step=decay), expected)
+
+
+def check_gnc_is_the_dense_formula(world: World) -> None:
+    for case in (("own", "radius", False, 1, 2), ("gathered", "lr", True, 1, 2),
+                 ("isotropic", "relative", False, 1, 2), ("gathered", "radius", False, 0, 2)):
+        assert_formula(world, steps.make_gnc(*case), steps.dense_gnc(W, *case))
+
+
+def check_covariance_noise_is_the_dense_formula(world: World) -> None:
+    for formula, options in steps.COVARIANCES.values():
+        noise = CovarianceNoise(emulated_batch=M, seed=2, **options)
+        assert_formula(world, noise, formula(W, M, 2))
+
+
+def check_virtual_workers_are_workers(world: World) -> None:
+    """The same as 1 rank x 4 workers, computed here without Horovod."""
+    for name, make in steps.NOISES.items():
+        here = on_this_world(world, make(), 20, momentum=0.9).weights[-1]
+        alone = on_this_world(ThreadWorld(Meeting(1, 1.0), 0), make(), 20, momentum=0.9).weights[-1]
+        assert relative_error(here, alone) < 1e-9, name
+
+
+def check_replicas_stay_identical(world: World) -> None:
+    """Bit for bit, in float32 too, after steps with every noise."""
+    for name, make in steps.NOISES.items():
+        for dtype in (torch.float32, torch.float64):
+            model, optimizer = build(world, make(), V=W // world.size, model=Net(dtype))
+            train(model, optimizer, 4, dtype=dtype)
+            digest = hashlib.sha256(vector(model.parameters()).numpy().tobytes()).hexdigest()
+            assert set(world.gather_json(digest, name="digest")) == {digest}, (name, dtype)
+
+
+def check_a_loaded_run_goes_on(world: World) -> None:
+    for name, make in steps.NOISES.items():
+        model, optimizer = build(world, make(), V=W // world.size)
+        train(model, optimizer, 2)
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        whole = train(model, optimizer, 2, first=2)
+        other, resumed = build(world, make(), V=W // world.size)
+        other.load_state_dict(saved[0])
+        resumed.load_state_dict(saved[1])
+        again = train(other, resumed, 2, first=2)
+        assert torch.equal(again.weights[-1], whole.weights[-1]), name
+
+
+def check_measured_is_the_same_on_all_ranks(world: World) -> None:
+    for name, make in steps.NOISES.items():
+        model, optimizer = build(world, make(), V=W // world.size)
+        optimizer.measure = True
+        record = train(model, optimizer, 2, loss_scale=8.0)
+        alone_model, alone = build(ThreadWorld(Meeting(1, 1.0), 0), make(), V=W)
+        alone.measure = True
+        expected = train(alone_model, alone, 2).measured
+        for mine, right in zip(record.measured, expected):
+            values = [mine.worker_square_norm, mine.gradient_square_norm, mine.noise_rms]
+            assert all(each == values for each in world.gather_json(values, name="measured"))
+            assert np.allclose([value or 0 for value in values],
+                               [right.worker_square_norm, right.gradient_square_norm,
+                                right.noise_rms or 0], rtol=1e-9), name
+
+
+# ---- laws
+
+def check_gathered_displacements_have_their_law(world: World) -> None:
+    """All workers' displacements as one vector a step: each one's law, and their independence."""
+    mine = laws.drive(world, GNC(0.7, source="gathered", seed=1), SAMPLES + 1)[0]  # type: ignore
+    by_rank = world.allgather(mine.transpose(0, 1).contiguous(), name="seen").wait()
+    deviations_WP = reference.deviations(laws.examples().mean(dim=1))
+    covariance_PP = reference.gnc_gathered_covariance(
+        deviations_WP, reference.expected_radius_scale(deviations_WP, 0.7))
+    samples = by_rank.transpose(0, 1)[1:]
+    assert_normal(samples.flatten(1), np.kron(np.eye(W), covariance_PP))
+    assert_normal(samples.flatten(0, 1), covariance_PP, "pooled")
+
+
+def check_noise_on_the_gradient_has_its_law(world: World) -> None:
+    gradients_BP = laws.examples().flatten(0, 1)
+    workers_PP = reference.worker_covariance(laws.examples().mean(dim=1), laws.B_WORKER)
+    for structure, source, covariance_PP in (
+            ("full", "workers", workers_PP), ("isotropic", "workers", workers_PP),
+            ("full", "examples", reference.example_second_moment(gradients_BP))):
+        noise = CovarianceNoise(structure, M, source=source)
+        gradients = laws.drive(world, noise, SAMPLES)[1]  # type: ignore[arg-type]
+        assert_normal(gradients - gradients_BP.mean(dim=0), reference.noise_covariance(
+            structure, covariance_PP, len(gradients_BP), M), f"{structure} from {source}")
+
+
+# ---- refusals, last: they leave a step unfinished
+
+def check_ranks_with_different_noise_are_told(world: World) -> None:
+    try:
+        on_this_world(world, GNC(0.1 + world.rank), 1)
+    except ValueError as error:
+        assert world.size > 1 and "noise on rank 1" in str(error) and "\n" not in str(error)
+    else:
+        assert world.size == 1
+    world.barrier("after")
