@@ -102,7 +102,7 @@ class AppliedNoise:
         if noise is None or watch is None or watch.displaced or not noise.ready:
             return
         if layout.digest not in self._buffers:
-            self._buffers = {layout.digest: [[torch.empty_like(p) for p in b.parameters]
+            self._buffers = {layout.digest: [[_alike(p) for p in b.parameters]
                                              for b in layout.buckets]}
         pairs: list[tuple[Tensor, Tensor]] = []
         square = 0.0
@@ -216,6 +216,11 @@ class AppliedNoise:
             self.noise.forget()
             if state:
                 self.noise.load_state_dict(state["noise"])
+
+
+def _alike(p: Tensor) -> Tensor:
+    """An empty tensor with the very strides of ``p``, by which layouts are told apart."""
+    return torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=p.device)
 
 
 def _square(tensor: Tensor) -> float:

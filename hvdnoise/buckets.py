@@ -2,7 +2,9 @@
 
 Parameters are laid out in REVERSE order of registration, because backward finishes the last
 layers first; a bucket closes when it would pass the byte limit, and holds one dtype and one
-device. Inside a bucket, parameter t occupies ``flat[starts[t]:starts[t] + sizes[t]]``, row-major.
+device. Inside a bucket, parameter t occupies ``flat[starts[t]:starts[t] + sizes[t]]``, in the order
+of the parameter's own memory (row-major, or channels last): fused optimizers walk through weight
+and gradient side by side and do not look at strides.
 A quantity with one row per worker is a matrix of shape (workers, bucket.size).
 
 The limit is `DEFAULT_BUCKET_BYTES`, or Horovod's HOROVOD_FUSION_THRESHOLD where that is smaller;
@@ -33,6 +35,7 @@ class Bucket:
     parameters: tuple[Tensor, ...]
     starts: tuple[int, ...]
     sizes: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
     dtype: torch.dtype
     device: torch.device
 
@@ -47,8 +50,8 @@ class Bucket:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The parts of a flat tensor of shape (size,), one a parameter, in the shapes of those."""
-        return [flat[start:start + size].view(p.shape)
-                for p, start, size in zip(self.parameters, self.starts, self.sizes)]
+        return [flat[start:start + size].as_strided(p.shape, stride) for p, start, size, stride
+                in zip(self.parameters, self.starts, self.sizes, self.strides)]
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Layout:
 
     buckets: tuple[Bucket, ...]
     fingerprint: tuple[object, ...]  # what the layout was made for; another one asks for a new
-    digest: str  # of names, shapes and dtypes: equal on all ranks, or the ranks may not exchange
+    digest: str  # of names, shapes, strides and dtypes: equal on all ranks, or the ranks may not exchange
 
     def places(self) -> dict[Tensor, tuple[int, int]]:
         """Parameter -> (bucket, place in the bucket)."""
@@ -72,7 +75,7 @@ def default_bucket_bytes() -> int:
 
 def fingerprint(parameters: Iterable[Tensor]) -> tuple[object, ...]:
     """What a layout depends on; cheap enough to look at in every step."""
-    return tuple((id(p), p.dtype, p.device, p.shape) for p in parameters if p.requires_grad)
+    return tuple((id(p), p.dtype, p.device, p.shape, p.stride()) for p in parameters if p.requires_grad)
 
 
 def build_layout(named_parameters: Sequence[tuple[str, Tensor]], *, bucket_bytes: int,
@@ -96,7 +99,8 @@ def build_layout(named_parameters: Sequence[tuple[str, Tensor]], *, bucket_bytes
         parts = _split_by_group(backward_order, groups)
     uniform = [same for part in parts for same in _split_by_kind(part)]
     buckets = tuple(_bucket(index, part) for index, part in enumerate(uniform))
-    text = repr([(b.names, [tuple(p.shape) for p in b.parameters], str(b.dtype)) for b in buckets])
+    text = repr([(b.names, [tuple(p.shape) for p in b.parameters], b.strides, str(b.dtype))
+                 for b in buckets])
     return Layout(buckets, fingerprint(p for _, p in trainable),
                   hashlib.sha256(text.encode()).hexdigest()[:16])
 
@@ -108,7 +112,9 @@ def _bucket(index: int, part: Sequence[Named]) -> Bucket:
     names, parameters = zip(*part)
     sizes = tuple(p.numel() for p in parameters)
     starts = (0, *accumulate(sizes))[:-1]
-    return Bucket(index, names, parameters, starts, sizes, parameters[0].dtype,
+    # without gaps: of a parameter that has some, the order only
+    strides = tuple(torch.empty_like(p, device="meta").stride() for p in parameters)
+    return Bucket(index, names, parameters, starts, sizes, strides, parameters[0].dtype,
                   parameters[0].device)
 
 

@@ -117,9 +117,9 @@ def _eval(arguments: Sequence[str], launched: dict[str, int]) -> int:
 
 def _doctor(arguments: Sequence[str], launched: dict[str, int]) -> int:
     config = _parse(DoctorConfig, arguments, launched, program="hvdnoise doctor")
-    from hvdnoise import doctor
-    return doctor.examine(launched, data_root=config.data_root, launch=config.launch,
-                          seconds=config.seconds)
+    from hvdnoise.doctor import examine
+    return examine(launched, data_root=config.data_root, launch=config.launch,
+                   seconds=config.seconds)
 
 
 def _in_world(launched: dict[str, int], facts: dict[str, Any], action: Callable[[comm.World], int]

@@ -113,7 +113,8 @@ def _gpus() -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         try:
             value = torch.ones(2, device=f"cuda:{index}").sum().item()
-            yield (OK if value == 2 else BROKEN), f"GPU {index}: {torch.cuda.get_device_name(index)}"
+            name = torch.cuda.get_device_name(index)
+            yield (OK if value == 2 else BROKEN), f"GPU {index}: {name}"
         except RuntimeError as error:
             yield BROKEN, f"GPU {index} does not compute ({str(error).splitlines()[0]})"
 

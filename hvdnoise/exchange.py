@@ -96,6 +96,11 @@ class Exchange:
         index, t = self._where[p]
         return p.grad is not None and p.grad.data_ptr() == self._places[index].views[t].data_ptr()
 
+    def zeroed(self, but: Tensor) -> bool:
+        """Whether all results of an earlier step, ``but`` one parameter's, are zero by now."""
+        results = [p.grad for p in self._where if p is not but and self.owns_gradient(p)]
+        return bool(results) and not any(grad is None or grad.any() for grad in results)
+
     def capture(self, p: Tensor, worker: int, weight: float, leave: bool) -> None:
         """Take ``p.grad`` as the gradient of this rank's worker number ``worker``.
 

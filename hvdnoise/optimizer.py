@@ -52,6 +52,8 @@ class _DistributedOptimizer(Wrapper):
         passes, noise = self._passes, self.applied.noise
         if passes is None or noise is None or noise.acts_on != "weights" or passes.reduced:
             return
+        if passes.done == 0:
+            passes.prepare()
         rates = {p: float(g["lr"]) for g in self.param_groups for p in g["params"]}
         self.applied.displace(passes.layout, passes.done // passes.per_worker, rates)
 
@@ -146,13 +148,14 @@ class _DistributedOptimizer(Wrapper):
         """Have the exchanged gradients in ``p.grad``, where they are after backward() anyway.
 
         With fewer than ``backward_passes_per_step`` passes made, or with gradients set by hand,
-        they are exchanged now.
+        they are exchanged now. A rank whose loss reached no parameter in this step calls this, to
+        take part with zeros.
 
         Raises:
-            RuntimeError: when there is nothing to exchange.
+            RuntimeError: when some of its virtual workers have had no backward pass.
         """
         if self._passes is not None and not self._passes.reduced:
-            self._passes.complete()
+            self._passes.complete(or_zeros=True)
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -170,11 +173,14 @@ class _DistributedOptimizer(Wrapper):
             RuntimeError: between the backward passes of one step.
         """
         passes = self._passes
-        if passes is not None and (passes.open or 0 < passes.done < passes.total):
+        if passes is not None and (passes.broken or passes.open
+                                   or 0 < passes.done < passes.total):
             raise RuntimeError(f"zero_grad() after {passes.done} of {passes.total} backward "
                                "passes: call step() first, or reset() to drop them")
         self._begin_step()
         self._optimizer.zero_grad(set_to_none=set_to_none)
+        if passes is not None:
+            passes.prepare()  # so that hooks are there before the first gradient
 
     def reset(self) -> None:
         """Drop the backward passes of an unfinished step, on all ranks alike.
@@ -213,7 +219,7 @@ class _DistributedOptimizer(Wrapper):
             raise RuntimeError("noise with lag=0 evaluates each batch twice: call step(closure)")
         else:
             if self._should_synchronize:
-                self.synchronize()
+                self._complete()
             loss = self._optimizer.step()
         self.applied.end_step()
         self._passes.begin_step()
@@ -223,9 +229,13 @@ class _DistributedOptimizer(Wrapper):
         def evaluate() -> Any:
             with torch.enable_grad():
                 loss = closure()
-            self.synchronize()
+            self._complete()
             return loss
         return evaluate
+
+    def _complete(self) -> None:
+        if self._passes is not None and not self._passes.reduced:
+            self._passes.complete(or_zeros=False)
 
     def _two_pass_step(self, closure: Callable[[], Any]) -> Any:
         noise, watch = self.noise, self.applied.watch

@@ -3,13 +3,15 @@
 A step has V*k backward passes: k for each of this rank's V workers. In the last pass of a worker
 its gradients are captured as autograd has them; in the last pass of the step full buckets leave
 at once. The exchange is complete when that ``backward()`` returns, because its end is a callback
-of the autograd engine.
+of the autograd engine. A backward pass that raises drops the callback unused: so it is noticed, and
+the weights are clean after it too.
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import Callable
+from functools import partial
+from typing import Any, Callable
 
 import torch
 from torch import Tensor
@@ -17,6 +19,9 @@ from torch import Tensor
 from hvdnoise.applied import AppliedNoise
 from hvdnoise.buckets import Layout, build_layout, fingerprint
 from hvdnoise.exchange import Exchange, Options
+
+
+REENTRANT = "checkpoint activations with use_reentrant=False"
 
 
 class Passes:
@@ -34,6 +39,7 @@ class Passes:
         self._sparse: dict[Tensor, str] = {}  # parameters that travel as sparse tensors
         self._hooked: set[Tensor] = set()  # no WeakSet, which compares tensors by their numbers
         self._layout: Layout | None = None
+        self._closing: weakref.ref[Any] | None = None  # what the engine calls at the pass's end
         self.begin_step()
         self.prepare()
 
@@ -41,6 +47,11 @@ class Passes:
     def total(self) -> int:
         """Backward passes in a step: V*k."""
         return self.applied.virtual_workers * self.per_worker
+
+    @property
+    def open(self) -> bool:
+        """Whether a backward pass is going on."""
+        return self._closing is not None
 
     @property
     def layout(self) -> Layout:
@@ -54,7 +65,7 @@ class Passes:
     def begin_step(self) -> None:
         """Forget the passes of the step under way."""
         self.done = 0
-        self.open = False  # a backward pass is going on
+        self.broken = False  # a backward pass has raised
         self.reduced = False  # p.grad holds this step's exchanged gradients
         self._captured: set[Tensor] = set()
 
@@ -89,18 +100,27 @@ class Passes:
                                      self._sparse)
         return self.exchange
 
-    def complete(self) -> None:
+    def complete(self, or_zeros: bool) -> None:
         """Exchange what ``p.grad`` holds, for passes that are missing or gradients set by hand.
 
+        Args:
+            or_zeros: zeros where there has been no backward pass and nothing was set.
+
         Raises:
-            RuntimeError: when there are none, or a virtual worker has had no backward pass.
+            RuntimeError: when there is nothing to exchange, or a virtual worker has had no
+                backward pass, or one broke off.
         """
+        self._check_whole()
         if self.done == 0:
             self.prepare()
             exchange = self.current_exchange()
             if all(p.grad is None or exchange.owns_gradient(p) for p in self.parameters()):
-                raise RuntimeError("no gradients to exchange: call loss.backward() before step() "
-                                   "or synchronize()")
+                if not or_zeros:
+                    raise RuntimeError("no gradients to exchange: call loss.backward() before "
+                                       "step(), or synchronize() on a rank that has none to give "
+                                       "in this step")
+                for p in self.parameters():
+                    p.grad = None
             exchange.begin_pass()
         if self.done < self.total - self.per_worker:
             raise RuntimeError(f"{self.done} of {self.total} backward passes were made: each of "
@@ -118,14 +138,15 @@ class Passes:
         if not self.synced or (self.done + 1) % self.per_worker:
             return
         if p in self._captured:
-            raise RuntimeError(f"backward() gave {self._names[p]} a gradient twice: checkpoint "
-                               "activations with use_reentrant=False")
+            raise RuntimeError(f"backward() gave {self._names[p]} a gradient twice: {REENTRANT}")
         self._capture(p)
 
     def _open_pass(self, p: Tensor) -> None:
+        self._check_whole()
         if self.synced:
             if self.reduced:
-                if self.current_exchange().owns_gradient(p):
+                exchange = self.current_exchange()
+                if exchange.owns_gradient(p) and not exchange.zeroed(but=p):
                     raise RuntimeError(
                         f"a second backward() before step(): the step's {self.total} passes are "
                         "made; call step() or zero_grad(), pass backward_passes_per_step= to "
@@ -135,9 +156,19 @@ class Passes:
             if self.done == 0:
                 self.prepare()
                 self.current_exchange().begin_pass()
-        self.open = True
+        closing = partial(self._close_pass)
+        self._closing = weakref.ref(closing, self._drop_pass)
         engine = torch.autograd.Variable._execution_engine
-        engine.queue_callback(self._close_pass)
+        engine.queue_callback(closing)
+
+    def _drop_pass(self, closing: weakref.ref[Any]) -> None:
+        if self._closing is closing:  # still open: the engine gave up
+            self._closing, self.broken = None, True
+            self.applied.end_pass()
+
+    def _check_whole(self) -> None:
+        if self.broken:
+            raise RuntimeError("a backward() broke off: call reset() on all ranks to go on")
 
     def _capture(self, p: Tensor) -> None:
         self._captured.add(p)
@@ -148,8 +179,10 @@ class Passes:
 
     @torch.no_grad()
     def _close_pass(self) -> None:
-        self.open = False
+        self._closing = None
         self.applied.end_pass()
+        if _inside_backward():
+            raise RuntimeError(f"a backward() inside another one: {REENTRANT}")
         if self.synced:
             self.applied.check_weighed()
             if (self.done + 1) % self.per_worker:
@@ -174,6 +207,12 @@ class Passes:
         self.reduced = True
         self._sparse.update({p: name for p, name in self._names.items()
                              if name in exchange.found_sparse})
+
+
+def _inside_backward() -> bool:
+    """Whether the pass that ends was started by a node of another one."""
+    current_node = getattr(torch._C, "_current_autograd_node", lambda: None)
+    return current_node() is not None
 
 
 def _gradient_hook(passes: Passes) -> Callable[[Tensor], None]:

@@ -72,7 +72,14 @@ class Wrapper(torch.optim.Optimizer):
         """
         parameters = [p for group in self.param_groups for p in group["params"]]
         weights = [p.detach().clone() for p in parameters]
+        decays = [group.get("weight_decay") for group in self.param_groups]
+        for group, decay in zip(self.param_groups, decays):
+            if decay:  # it would be in the momentum
+                group["weight_decay"] = 0.0
         self._optimizer.step()
+        for group, decay in zip(self.param_groups, decays):
+            if decay:
+                group["weight_decay"] = decay
         with torch.no_grad():
             for p, weight in zip(parameters, weights):
                 p.copy_(weight)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from hvdnoise.comm import World
@@ -54,7 +54,7 @@ class Job:
     sampler: WorkerSampler
     model: nn.Module
     optimizer: Any
-    schedule: LRScheduler
+    schedule: LambdaLR
     scaler: torch.amp.GradScaler
     ema: AveragedModel | None
     total_steps: int
@@ -111,7 +111,6 @@ class Job:
             if self.ema is not None:
                 set_buffers(self.ema, own["ema_buffers"])
             _set_generators(own["generators"])
-        self._place_schedule()
 
     def _step_of_examples(self, shared: State) -> int:
         epoch, step = divmod(shared["counters"]["step"], shared["steps_per_epoch"])
@@ -119,12 +118,13 @@ class Job:
         return epoch * self.sampler.steps_per_epoch + min(-(-seen // batch),
                                                           self.sampler.steps_per_epoch)
 
-    def _place_schedule(self) -> None:
-        self.schedule.last_epoch = self.counters.step
-        rates = self.schedule.get_lr()
-        for group, rate in zip(self.optimizer.param_groups, rates):
-            group["lr"] = rate
-        self.schedule._last_lr = list(rates)
+    def set_learning_rate(self) -> float:
+        """Give every parameter group the rate of the step to come, which depends on the position
+        alone; returns the first group's."""
+        for group, base, factor in zip(self.optimizer.param_groups, self.schedule.base_lrs,
+                                       self.schedule.lr_lambdas):
+            group["lr"] = base * factor(self.counters.step)
+        return float(self.optimizer.param_groups[0]["lr"])
 
 
 def build(config: TrainConfig, world: World, device: torch.device) -> Job:
@@ -153,6 +153,7 @@ def build(config: TrainConfig, world: World, device: torch.device) -> Job:
     optimizer.loss_scale = scaler.get_scale if scaler.is_enabled() else 1.0
     schedule = build_schedule(optimizer, config.lr, sampler.batch_size * workers,
                               sampler.steps_per_epoch, config.epochs)
+    assert isinstance(schedule, LambdaLR)
     return Job(config, world, device, datasets, sampler, model, optimizer, schedule, scaler, ema,
                total_steps)
 

@@ -108,6 +108,7 @@ def take_step(job: Job, batches: Iterator[tuple[Tensor, Tensor]], meter: Meter) 
     """
     started = time.perf_counter()
     config, optimizer, at = job.config, job.optimizer, job.counters
+    rate = job.set_learning_rate()
     parts = [next(batches) for _ in job.sampler.worker_ids]
     every = max(1, config.log_every // MEASURES_PER_LINE)
     optimizer.measure = job.batches.worker != job.batches.total and (at.step + 1) % every == 0
@@ -130,8 +131,6 @@ def take_step(job: Job, batches: Iterator[tuple[Tensor, Tensor]], meter: Meter) 
         if not result["bad"]:
             job.scaler.step(optimizer)
         job.scaler.update()
-    rate = float(optimizer.param_groups[0]["lr"])
-    job.schedule.step()
     if job.ema is not None and not result["bad"]:
         job.ema.update_parameters(job.model)
     at.step += 1

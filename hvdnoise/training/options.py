@@ -85,7 +85,7 @@ def _one_line(error: Exception, kind: type) -> str:
         return f"unknown {found[1]}: {_nearest(found[1], kind)}"
     if found := re.search(r"(?:Group '(?P<group>[\w.]+)'|Option).*?option '(?P<key>[\w.]+)'|"
                           r"Option '(?P<alone>[\w.]+)' is not accepted", text):
-        key = ".".join(part for part in (found["group"], found["key"] or found["alone"]) if part)
+        key = (f"{found['group']}." if found["group"] else "") + (found["key"] or found["alone"])
         return f"unknown setting {key!r}: {_nearest(key, kind)}"
     if found := re.search(r'Parser key "([\w.]+)":(.*)', text):
         key, why = found[1], found[2].strip()

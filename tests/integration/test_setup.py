@@ -139,6 +139,19 @@ def test_compiler_that_knows_no_cxx17(tree: Path) -> None:
     assert not (tree / ".venv").exists()
 
 
+@pytest.mark.parametrize(
+    "missing, words", [("ensurepip", "python3-venv"), ("Python.h", "python3-dev")]
+)
+def test_python_in_parts(tree: Path, missing: str, words: str) -> None:
+    partial = write_program(
+        tree.parent / "bin" / "partial-python",
+        f'case "$*" in *{missing}*) exit 1;; esac\nexec {PYTHON} "$@"',
+    )
+    result = set_up(tree, env=environment(tree, PYTHON=str(partial)))
+    assert_fails(result, words, "apt-get install")
+    assert not (tree / ".venv").exists()
+
+
 def test_too_little_disk(tree: Path) -> None:
     write_program(
         tree.parent / "bin" / "df",

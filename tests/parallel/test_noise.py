@@ -15,6 +15,7 @@ import torch
 from hvdnoise import GNC, CovarianceNoise
 from hvdnoise.comm import World
 from tests import reference
+from tests.checks import on
 from tests.fake_world import Meeting, ThreadWorld
 from tests.laws import assert_normal
 from tests.toys import Net, build, relative_error, train, vector
@@ -23,7 +24,7 @@ from tests.unit import test_steps as steps
 
 WORLDS = ["gloo-1", "gloo-2", "gloo-4", "mpi-1", "mpi-2", "mpi-4"]
 W, M = 4, 3
-SAMPLES = 150  # steps; real ranks need milliseconds for each
+SAMPLES = 100  # steps; real ranks need milliseconds for each
 
 
 def on_this_world(world: Any, noise: Any, num_steps: int = 3, **options: Any) -> Any:
@@ -62,17 +63,18 @@ def check_virtual_workers_are_workers(world: World) -> None:
 
 
 def check_replicas_stay_identical(world: World) -> None:
-    """Bit for bit, in float32 too, after steps with every noise."""
+    """Bit for bit, after steps in float32 with every noise."""
+    digests = {}
     for name, make in steps.NOISES.items():
-        for dtype in (torch.float32, torch.float64):
-            model, optimizer = build(world, make(), V=W // world.size, model=Net(dtype))
-            train(model, optimizer, 4, dtype=dtype)
-            digest = hashlib.sha256(vector(model.parameters()).numpy().tobytes()).hexdigest()
-            assert set(world.gather_json(digest, name="digest")) == {digest}, (name, dtype)
+        model, optimizer = build(world, make(), V=W // world.size, model=Net(torch.float32))
+        train(model, optimizer, 3, dtype=torch.float32)
+        digests[name] = hashlib.sha256(vector(model.parameters()).numpy().tobytes()).hexdigest()
+    assert world.gather_json(digests, name="digests") == [digests] * world.size
 
 
 def check_a_loaded_run_goes_on(world: World) -> None:
-    for name, make in steps.NOISES.items():
+    for name in ("own", "gathered", "isotropic"):  # the rest has no state but the step
+        make = steps.NOISES[name]
         model, optimizer = build(world, make(), V=W // world.size)
         train(model, optimizer, 2)
         saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -85,7 +87,8 @@ def check_a_loaded_run_goes_on(world: World) -> None:
 
 
 def check_measured_is_the_same_on_all_ranks(world: World) -> None:
-    for name, make in steps.NOISES.items():
+    for name in ("none", "gathered", "isotropic"):
+        make = steps.NOISES[name]
         model, optimizer = build(world, make(), V=W // world.size)
         optimizer.measure = True
         record = train(model, optimizer, 2, loss_scale=8.0)
@@ -102,6 +105,7 @@ def check_measured_is_the_same_on_all_ranks(world: World) -> None:
 
 # ---- laws
 
+@on("gloo-2", "mpi-4")
 def check_gathered_displacements_have_their_law(world: World) -> None:
     """All workers' displacements as one vector a step: each one's law, and their independence."""
     mine = laws.drive(world, GNC(0.7, source="gathered", seed=1), SAMPLES + 1)[0]  # type: ignore
@@ -114,6 +118,7 @@ def check_gathered_displacements_have_their_law(world: World) -> None:
     assert_normal(samples.flatten(0, 1), covariance_PP, "pooled")
 
 
+@on("gloo-2", "mpi-4")
 def check_noise_on_the_gradient_has_its_law(world: World) -> None:
     gradients_BP = laws.examples().flatten(0, 1)
     workers_PP = reference.worker_covariance(laws.examples().mean(dim=1), laws.B_WORKER)

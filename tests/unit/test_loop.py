@@ -115,9 +115,9 @@ def test_a_finished_run_can_be_started_again_and_stays_what_it_was(tmp_path: Pat
 
 def test_resume_refuses_another_run(tmp_path: Path) -> None:
     train(tmp_path, *GNC, "--epochs", "1")
-    with pytest.raises(AssertionError, match="optim.lr .was 0.05, is 0.1."):
+    with pytest.raises(ConfigError, match="optim.lr .was 0.05, is 0.1."):
         train(tmp_path, *GNC, "--epochs", "1", "--resume", "auto", "--optim.lr", "0.1")
-    with pytest.raises(AssertionError, match="virtual_workers .was 2, is 4."):
+    with pytest.raises(ConfigError, match="virtual_workers .was 2, is 4."):
         train(tmp_path, *GNC, "--epochs", "1", "--resume", "auto", "--virtual_workers", "4")
 
 
@@ -152,7 +152,7 @@ def test_a_broken_newest_checkpoint_costs_one_interval_and_no_bit(tmp_path: Path
     assert log.count("resumed at step") == 0 or "step-00000004" in log
     for path in (tmp_path / "again" / "checkpoints").glob("*/shared.pt"):
         path.write_bytes(b"")
-    with pytest.raises(AssertionError, match="none of the 3 checkpoints"):
+    with pytest.raises(CheckpointError, match="none of the 3 checkpoints"):
         train(tmp_path / "again", *flags, "--resume", "auto")
 
 
@@ -173,7 +173,8 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(
         tmp_path: Path, monkeypatch: Any, kind: str) -> None:
     poison(monkeypatch, {3})
     done = train(tmp_path, *KINDS[kind])
-    assert done["bad_steps"] == 1 and done["steps"] == 12
+    assert done["bad_steps"] == (2 if kind == "fp16" else 1)  # fp16's first scale is too large
+    assert done["steps"] == 12
     weights = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert all(bool(torch.isfinite(value).all()) for value in weights.values())
     (line,) = [line for line in metrics(tmp_path) if line["kind"] == "train" and line["step"] == 4]
@@ -195,7 +196,7 @@ def test_a_bad_step_changes_no_weight(tmp_path: Path, monkeypatch: Any) -> None:
 
 def test_too_many_bad_steps_end_the_run(tmp_path: Path, monkeypatch: Any) -> None:
     poison(monkeypatch, set(range(2, 100)))
-    with pytest.raises(AssertionError, match="3 steps in a row, the last at step 5"):
+    with pytest.raises(loop.Diverged, match="3 steps in a row, the last at step 5"):
         train(tmp_path, *GNC, "--max_bad_steps", "3")
 
 
@@ -238,10 +239,9 @@ def test_a_full_disk_at_a_checkpoint_is_an_error_on_all_ranks(tmp_path: Path,
             raise OSError(28, "No space left on device")
         return real(path, state)
     monkeypatch.setattr(checkpoint, "_write", full)
-    with pytest.raises(AssertionError, match="No space left on device"):
+    with pytest.raises(CheckpointError, match="No space left on device"):
         train(tmp_path, *flags)
     monkeypatch.setattr(checkpoint, "_write", real)
     assert [path.name for path in checkpoint.found(tmp_path / "checkpoints")] == [
         "step-00000004", "step-00000002"]
-    assert isinstance(CheckpointError("x"), RuntimeError)
     train(tmp_path, *flags, "--resume", "auto")
