@@ -60,7 +60,8 @@ class Layout:
 
     buckets: tuple[Bucket, ...]
     fingerprint: tuple[object, ...]  # what the layout was made for; another one asks for a new
-    digest: str  # of names, shapes, strides and dtypes: equal on all ranks, or the ranks may not exchange
+    # of names, shapes, strides and dtypes: equal on all ranks, or they may not exchange
+    digest: str
 
     def places(self) -> dict[Tensor, tuple[int, int]]:
         """Parameter -> (bucket, place in the bucket)."""
@@ -75,7 +76,8 @@ def default_bucket_bytes() -> int:
 
 def fingerprint(parameters: Iterable[Tensor]) -> tuple[object, ...]:
     """What a layout depends on; cheap enough to look at in every step."""
-    return tuple((id(p), p.dtype, p.device, p.shape, p.stride()) for p in parameters if p.requires_grad)
+    return tuple((id(p), p.dtype, p.device, p.shape, p.stride()) for p in parameters
+                 if p.requires_grad)
 
 
 def build_layout(named_parameters: Sequence[tuple[str, Tensor]], *, bucket_bytes: int,

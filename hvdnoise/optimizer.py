@@ -183,7 +183,7 @@ class _DistributedOptimizer(Wrapper):
             passes.prepare()  # so that hooks are there before the first gradient
 
     def reset(self) -> None:
-        """Drop the backward passes of an unfinished step, on all ranks alike.
+        """Drop the backward passes of an unfinished step and their gradients, on all ranks alike.
 
         Raises:
             RuntimeError: when a part of the gradients is under way to the other ranks.
@@ -193,6 +193,7 @@ class _DistributedOptimizer(Wrapper):
             raise RuntimeError("backward() broke off while gradients were being exchanged, and the "
                                "other ranks wait for the rest: end this process")
         self._begin_step()
+        self._optimizer.zero_grad()
 
     def _begin_step(self) -> None:
         if self._passes is not None:

@@ -20,7 +20,6 @@ from hvdnoise.applied import AppliedNoise
 from hvdnoise.buckets import Layout, build_layout, fingerprint
 from hvdnoise.exchange import Exchange, Options
 
-
 REENTRANT = "checkpoint activations with use_reentrant=False"
 
 
@@ -42,6 +41,8 @@ class Passes:
         self._closing: weakref.ref[Any] | None = None  # what the engine calls at the pass's end
         self.begin_step()
         self.prepare()
+        # models may be alike in everything, also in the names of their parameters
+        self._number = applied.world.count(f"optimizers of {self.layout.digest}")
 
     @property
     def total(self) -> int:
@@ -95,9 +96,10 @@ class Passes:
         if self.exchange is None:
             noise, workers = self.applied.noise, self.applied.virtual_workers
             facts = {"virtual_workers": workers, "op": self.options.op,
+                     "optimizers of the same model": self._number,
                      "noise": [type(noise).__name__, noise.describe() if noise else None]}
             self.exchange = Exchange(self.applied.world, self.layout, self.options, workers, facts,
-                                     self._sparse)
+                                     self._sparse, self._number)
         return self.exchange
 
     def complete(self, or_zeros: bool) -> None:

@@ -83,9 +83,9 @@ def _one_line(error: Exception, kind: type) -> str:
     help_ = "see --help"
     if found := re.search(r"[Uu]nrecognized arguments?: (.*)", text):
         return f"unknown {found[1]}: {_nearest(found[1], kind)}"
-    if found := re.search(r"(?:Group '(?P<group>[\w.]+)'|Option).*?option '(?P<key>[\w.]+)'|"
-                          r"Option '(?P<alone>[\w.]+)' is not accepted", text):
-        key = (f"{found['group']}." if found["group"] else "") + (found["key"] or found["alone"])
+    if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'|"
+                          r"Option '([\w.]+)' is not accepted", text):
+        key = found[3] or f"{found[1]}.{found[2]}"
         return f"unknown setting {key!r}: {_nearest(key, kind)}"
     if found := re.search(r'Parser key "([\w.]+)":(.*)', text):
         key, why = found[1], found[2].strip()
@@ -101,10 +101,11 @@ def _expected(why: str) -> str:
     """What a message of jsonargparse says it wants, in plain words."""
     if choices := re.search(r"Literal\[(.*?)\]", why):
         return f"one of {choices[1]}".replace("'", "")
-    names = dict(re.findall(r"<class '(\w+)'>()", why.split("Given value type")[0]))
+    names: list[str] = re.findall(r"<class '(\w+)'>", why.split("Given value type")[0])
     words = {"int": "a whole number", "float": "a number", "bool": "true or false",
              "str": "text", "NoneType": "null", "list": "a list", "tuple": "a list"}
-    return " or ".join(words.get(name, name) for name in names) or "another value; see --help"
+    wanted = dict.fromkeys(words.get(name, name) for name in names)  # each once, in order
+    return " or ".join(wanted) or "another value; see --help"
 
 
 def _nearest(text: str, kind: type) -> str:

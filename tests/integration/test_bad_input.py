@@ -11,7 +11,8 @@ from tests.integration.running import error_lines, hvdnoise
 from tests.launcher import Ended
 
 SECONDS = 15
-SYNTHETIC = ["--data.dataset", "synthetic", "--data.num_examples", "64", "--data.image_size", "8"]
+SYNTHETIC = ["--data.dataset", "synthetic", "--data.num_examples", "64", "--data.image_size", "8",
+             "--data.batch_size", "8"]
 GNC = ["--noise.kind", "gnc", "--noise.radius", "0.1"]
 ALONE = {  # what is wrong with it -> (flags, what the line says)
     "flag": (["--optim.learning_rate", "1"], "unknown --optim.learning_rate"),
@@ -30,7 +31,7 @@ ALONE = {  # what is wrong with it -> (flags, what the line says)
                           "--data.download", "false"], "wrong SHA-256"),
     "run folder in a file": ([*SYNTHETIC, "--run_dir", "{folder}/bad.yaml/run"], "bad.yaml"),
     "no checkpoint there": ([*SYNTHETIC, "--run_dir", "x", "--resume", "{folder}/used"],
-                            "manifest.json is missing"),
+                            "none of the 1 checkpoints"),
 }
 TOGETHER = {name: ALONE[name] for name in ("flag", "key", "no data set", "damaged data set",
                                            "run folder in a file")}
@@ -52,7 +53,7 @@ def refused(ended: Ended, expected: str, folder: Path, before: list[str], *, cod
     assert ended.exit_code == code and not ended.leftovers, ended.report()
     (line,) = error_lines(ended.output)
     assert expected in line, line
-    assert "Traceback (most recent call last):\n  File \"/work" not in ended.output
+    assert "/hvdnoise/" not in ended.output, ended.output  # no traceback but horovodrun's own
     assert contents(folder) == before
     assert ended.seconds < SECONDS, ended.seconds
 
@@ -72,7 +73,7 @@ def test_one_rank(folder: Path, name: str) -> None:
     ended = hvdnoise(1, "train", *fill(flags, folder), cwd=folder / "cwd")
     code = 1 if name == "no checkpoint there" else 2
     refused(ended, expected, folder, before, code=code)
-    assert len(ended.output.splitlines()) <= (2 if code == 1 else 1), ended.output
+    assert len(ended.output.splitlines()) == 1 or "warning" in ended.output, ended.output
 
 
 @pytest.mark.parametrize("launcher", ["gloo", "mpirun"])

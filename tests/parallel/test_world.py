@@ -15,7 +15,7 @@ WORLDS = ["threads-1", "threads-2", "threads-4", "none-1", "gloo-1", "gloo-2", "
           "mpi-2", "mpi-4", "mpirun-1", "mpirun-2", "mpirun-4"]
 SEVERAL = [world for world in WORLDS if not world.endswith("-1")]
 REAL = [world for world in WORLDS if not world.startswith("threads")]
-RANK_LOCAL_SECONDS = 20
+WATCHDOG_SECONDS = 45  # import, 3 s of waiting, and the launcher's end, on a busy machine
 
 
 def of_rank(rank: int, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -274,7 +274,7 @@ def _check_watchdog(launcher: str) -> None:
     ended = attempt(3, f"{__file__}:leave_rank_one_behind", launcher=launcher, timeout=60,
                     env={"HVDNOISE_TIMEOUT": "3"})
     assert ended.exit_code not in (0, None) and not ended.leftovers, ended.report()
-    assert ended.seconds < RANK_LOCAL_SECONDS, ended.report()
+    assert ended.seconds < WATCHDOG_SECONDS, ended.report()
     assert "rank 0 waited 3 s for 'hvdnoise.lonely'" in ended.logs[0] + ended.logs[2].replace(
         "rank 2", "rank 0"), ended.report()
     assert "waited" not in ended.logs[1]

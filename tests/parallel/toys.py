@@ -121,3 +121,30 @@ def _generator(key: Sequence[int]) -> torch.Generator:
     for part in key:
         seed = seed * 1_000_003 + part + 17
     return torch.Generator().manual_seed(seed % 2 ** 63)
+
+
+class Spy(World):
+    """Another world that remembers, in order, what was asked of it and what it was told."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.events = world, list[str]()
+        self.rank, self.size = world.rank, world.size
+        self.local_rank, self.local_size = world.local_rank, world.local_size
+
+    def tell(self, event: str) -> None:
+        self.events.append(event)
+
+    def count(self, what: str) -> int:
+        return self.world.count(what)
+
+    def allreduce_(self, tensor: Tensor, **options: Any) -> Any:
+        self.events.append("allreduce")
+        return self.world.allreduce_(tensor, **options)
+
+    def allgather(self, tensor: Tensor, **options: Any) -> Any:
+        self.events.append("allgather")
+        return self.world.allgather(tensor, **options)
+
+    def broadcast_(self, tensor: Tensor, **options: Any) -> Any:
+        self.events.append("broadcast")
+        return self.world.broadcast_(tensor, **options)
