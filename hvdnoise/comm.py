@@ -112,13 +112,13 @@ def handshake(world: World, facts: dict[str, Any], *, name: str = "handshake") -
 
 
 class _HorovodHandle:
-    def __init__(self, world: HorovodWorld, handle: Any, name: str) -> None:
-        self._world, self._handle, self._name = world, handle, name
+    def __init__(self, world: HorovodWorld, handle: Any, name: str, dtype: torch.dtype) -> None:
+        self._world, self._handle, self._name, self._dtype = world, handle, name, dtype
 
     def wait(self) -> Tensor:
         with self._world.watchdog.waiting_for(self._name):
             result: Tensor = self._world.hvd.synchronize(self._handle)
-        return result
+        return result.view(self._dtype)
 
     def done(self) -> bool:
         return bool(self._world.hvd.poll(self._handle))
@@ -149,20 +149,25 @@ class HorovodWorld(World):
         handle = self.hvd.allreduce_async_(
             tensor, name=name, op=self._ops[op], prescale_factor=prescale,
             postscale_factor=postscale, process_set=self.process_set)
-        return _HorovodHandle(self, handle, name)
+        return _HorovodHandle(self, handle, name, tensor.dtype)
 
     def allgather(self, tensor: Tensor, *, name: str) -> Handle:
         if self.size == 1:
             return Finished(tensor)
-        handle = self.hvd.allgather_async(tensor, name=name, process_set=self.process_set)
-        return _HorovodHandle(self, handle, name)
+        handle = self.hvd.allgather_async(_wire(tensor), name=name, process_set=self.process_set)
+        return _HorovodHandle(self, handle, name, tensor.dtype)
 
     def broadcast_(self, tensor: Tensor, *, root: int, name: str) -> Handle:
         if self.size == 1:
             return Finished(tensor)
-        handle = self.hvd.broadcast_async_(tensor, self.process_set.ranks[root], name=name,
+        handle = self.hvd.broadcast_async_(_wire(tensor), self.process_set.ranks[root], name=name,
                                            process_set=self.process_set)
-        return _HorovodHandle(self, handle, name)
+        return _HorovodHandle(self, handle, name, tensor.dtype)
+
+
+def _wire(tensor: Tensor) -> Tensor:
+    """What to send for a tensor that is not computed with: Horovod has no bfloat16."""
+    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
 
 
 def _horovod() -> Any:

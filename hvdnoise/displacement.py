@@ -27,13 +27,20 @@ from torch import Tensor, nn
 
 
 class _Hook:
-    """A module hook that dies with its target and survives copying and pickling the module."""
+    """A module hook that dies with its target and survives copying and pickling the module.
+
+    ``module.compile()`` compiles the calls of hooks too, and loses what they do to ``p.data``.
+    """
 
     def __init__(self, target: Any, method: str) -> None:
         self._target: Callable[[], Any] = weakref.ref(target)
         self._method = method
+        self._call_eagerly = torch.compiler.disable(self._call)
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self._call_eagerly(*args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> None:
         target = self._target()
         if target is not None:
             getattr(target, self._method)(*args, **kwargs)

@@ -64,25 +64,34 @@ class Wrapper(torch.optim.Optimizer):
         self._optimizer.add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Create the wrapped optimizer's state without a collective or a change of weights.
+        """Create the wrapped optimizer's state without a collective, and touch no weight.
 
         This is not the step that users call: `wrap` puts ``distributed_step`` in its place. It is
-        what ``hvd.broadcast_optimizer_state`` reaches through ``super()``, on the ranks whose
-        state is still empty and on those only, so that a collective here would hang.
+        what ``hvd.broadcast_optimizer_state`` reaches through ``super()``, with gradients of
+        zeros, on the ranks whose state is still empty and on those only, so that a collective
+        here would hang. Stand-ins take the step, for weight decay would move the weights, and
+        would be in the momentum.
         """
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        weights = [p.detach().clone() for p in parameters]
-        decays = [group.get("weight_decay") for group in self.param_groups]
-        for group, decay in zip(self.param_groups, decays):
-            if decay:  # it would be in the momentum
-                group["weight_decay"] = 0.0
-        self._optimizer.step()
-        for group, decay in zip(self.param_groups, decays):
-            if decay:
-                group["weight_decay"] = decay
-        with torch.no_grad():
-            for p, weight in zip(parameters, weights):
-                p.copy_(weight)
+        inner = self._optimizer
+        stand_ins = {p: p.detach().clone() for g in inner.param_groups for p in g["params"]}
+        for p, stand_in in stand_ins.items():
+            stand_in.grad = p.grad
+        kept = [(group, group["params"], group.get("weight_decay"))
+                for group in inner.param_groups]
+        try:
+            for group, parameters, decay in kept:
+                group["params"] = [stand_ins[p] for p in parameters]
+                if decay:
+                    group["weight_decay"] = 0.0
+            inner.step()
+        finally:
+            for group, parameters, decay in kept:
+                group["params"] = parameters
+                if decay:
+                    group["weight_decay"] = decay
+        for p, stand_in in stand_ins.items():
+            if stand_in in inner.state:
+                inner.state[p] = inner.state.pop(stand_in)
 
 
 def wrap(core: type[Wrapper], optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any

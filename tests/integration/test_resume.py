@@ -78,6 +78,8 @@ def test_sigterm_is_agreed_on_saved_and_resumed(tmp_path: Path, settings: Path, 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_sigterm_to_the_launcher_saves(tmp_path: Path, settings: Path, launcher: str) -> None:
+    """horovodrun gives its ranks 5 s to save; mpirun passes SIGTERM on after as many seconds as it
+    then gives them (1, unless odls_base_sigkill_timeout says otherwise)."""
     folder = tmp_path / "run"
 
     def stop() -> None:
@@ -87,8 +89,8 @@ def test_sigterm_to_the_launcher_saves(tmp_path: Path, settings: Path, launcher:
         os.kill(starters[-1].pid, signal.SIGTERM)
     at_step(folder, 8, stop)
     ended = hvdnoise(2, "train", "--config", str(settings), "--run_dir", str(folder),
-                     "--log_every", "1", launcher=launcher,
-                     env={"OMPI_MCA_odls_base_sigkill_timeout": "20"})
+                     "--log_every", "1", "--epochs", "1000", launcher=launcher,
+                     env={"OMPI_MCA_odls_base_sigkill_timeout": "4"})
     assert ended.exit_code not in (0, None) and not ended.leftovers, ended.report()
     assert (folder / "preempted.json").exists(), ended.report()
 
