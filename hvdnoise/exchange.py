@@ -56,11 +56,11 @@ class Exchange:
     """The buffers and collectives of one layout; used over and over, step by step."""
 
     def __init__(self, world: World, layout: Layout, options: Options, num_local: int,
-                 facts: dict[str, Any], sparse: dict[Tensor, str], number: int) -> None:
+                 facts: dict[str, Any], sparse: dict[Tensor, str], label: str) -> None:
         """``sparse``: parameters outside the layout, with their names, that travel sparse;
-        ``number``: tells optimizers of like layouts apart."""
+        ``label``: what the names of the buckets begin with."""
         self.world, self.layout, self.options, self.num_local = world, layout, options, num_local
-        self._name = f"hvdnoise.{number}.{layout.digest}"
+        self._label = label
         self.seconds = 0.0  # waited in the last `finish`
         self.found_sparse: set[str] = set()  # names that some rank found sparse in the layout
         self._facts = dict(facts, parameters=layout.digest, sparse=sorted(sparse.values()))
@@ -155,7 +155,7 @@ class Exchange:
             self._sparse_gradients[name] = p.grad.detach()
 
     def _leave(self, place: _Place) -> None:
-        name = f"{self._name}.{place.bucket.index}"
+        name = f"{self._label}.{place.bucket.index}"
         if self.options.gather_rows:
             assert place.rows is not None
             place.gathering = self.world.allgather(place.rows, name=f"{name}.rows")

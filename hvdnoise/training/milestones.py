@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -46,6 +47,11 @@ def _write_weights(job: Job, path: Path, model: nn.Module) -> None:
                         if job.world.rank == 0 else None)
 
 
+def _write_facts(job: Job, path: Path, facts: dict[str, Any]) -> None:
+    checkpoint.together(job.world, "facts", lambda: write_text(path, json.dumps(facts, indent=1))
+                        if job.world.rank == 0 else None)
+
+
 def save(job: Job, folder: Path) -> int:
     """Write a checkpoint; the step it is of."""
     shared = job.shared_state()
@@ -60,8 +66,7 @@ def preempted(job: Job, folder: Path, *, saved: bool) -> None:
     if not saved:
         save(job, folder)
     at = job.counters
-    if job.world.rank == 0:
-        write_text(folder / "preempted.json", json.dumps({"step": at.step}))
+    _write_facts(job, folder / "preempted.json", {"step": at.step})
     log.warning("SIGTERM: saved at step %d of %d; go on with --run_dir %s --resume auto", at.step,
                 job.total_steps, folder)
     job.world.barrier("preempted")  # a launcher ends the other ranks when the first one exits
@@ -82,8 +87,7 @@ def finish(job: Job, folder: Path, scores: dict[str, float]) -> None:
                "ranks": world.size, "workers": job.sampler.num_workers,
                "worker_batch": job.batches.worker, "global_batch": job.batches.total,
                "config_sha256": config_digest(job.config), "noise": job.config.noise.kind}
-    if world.rank == 0:
-        write_text(folder / "summary.json", json.dumps(summary, indent=1))
+    _write_facts(job, folder / "summary.json", summary)
     log.info("test accuracy %.4f (best %.4f) after %d steps and %.0f s; everything is in %s",
              scores["test_accuracy"], at.best_accuracy, at.step, at.seconds, folder)
     world.barrier("finished")

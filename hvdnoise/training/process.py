@@ -17,6 +17,7 @@ from hvdnoise.training.progress import log
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
 SPEAK_AFTER_SECONDS = 5.0
 
 
@@ -82,6 +83,9 @@ def crash(error: BaseException, rank: int) -> None:
     this rank's exit code.
     """
     sys.stdout.flush()
+    if isinstance(error, KeyboardInterrupt):
+        print(f"hvdnoise: rank {rank} was interrupted", file=sys.stderr, flush=True)
+        os._exit(EXIT_INTERRUPTED)
     text = "".join(traceback.format_exception(error))
     log.error("rank %d ends after an exception\n%s", rank, text, extra={"terminal": False})
     if type(error).__name__ == "HorovodInternalError":

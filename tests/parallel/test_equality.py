@@ -2,7 +2,9 @@
 
 Both reduce one tensor per parameter here: ``bucket_bytes=0`` on our side, no fusion on Horovod's.
 With larger buckets the same numbers are added, but with four ranks in another order: a ring
-starts its sum at the rank that the place in the buffer says. The last check bounds the difference.
+starts its sum at the rank that the place in the buffer says. After 50 steps of this model the
+largest difference of a weight is 2e-7 (SGD) or 1e-7 (Adam) under Gloo, and none under MPI, whose
+small messages are summed in one order.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ WORLDS = SEVERAL
 ALL = ("gloo-1", "mpi-1", *SEVERAL)
 EXACT_ORDER = ("gloo-2", "mpi-2")  # where a + b is all there is to add
 
+TOLERANCE = 1e-5  # of a weight, where buckets change the order of additions
+CHECK_SECONDS = 150
 SGD = dict(lr=0.1, momentum=0.9, weight_decay=1e-3)
 
 
@@ -40,7 +44,7 @@ def adam(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def train(world: World, wrap: Callable[..., Any], make_optimizer: Callable[..., Any],
-          model: torch.nn.Module, *, steps: int = 12, passes: int = 1, broadcast: bool = False,
+          model: torch.nn.Module, *, steps: int = 8, passes: int = 1, broadcast: bool = False,
           **options: Any) -> list[torch.Tensor]:
     """The weights after some steps of the loop that Horovod's documentation has."""
     with warnings.catch_warnings():
@@ -72,14 +76,25 @@ def assert_equal(world: World, make_optimizer: Callable[..., Any],
     return ours
 
 
+def assert_equal_for_long(world: World, make_optimizer: Callable[..., Any]) -> None:
+    """50 steps; also how far away one bucket for all parameters ends."""
+    theirs = assert_equal(world, make_optimizer, steps=50)
+    bucketed = train(world, hvdnoise.DistributedOptimizer, make_optimizer, net(), steps=50,
+                     bucket_bytes=2 ** 20)
+    assert_ranks_agree(world, bucketed)
+    largest = max(float((a - b).abs().max()) for a, b in zip(bucketed, theirs))
+    print(f"one bucket, {make_optimizer.__name__}, {world.size} ranks: {largest:.2e}")
+    assert largest <= (TOLERANCE if world.size > 2 else 0), largest
+
+
 @on(*ALL)
 def check_sgd_with_momentum(world: World) -> None:
-    assert_equal(world, sgd, steps=50)
+    assert_equal_for_long(world, sgd)
 
 
 @on(*ALL)
 def check_adam(world: World) -> None:
-    assert_equal(world, adam, steps=50)
+    assert_equal_for_long(world, adam)
 
 
 def check_whole_loop_with_broadcasts(world: World) -> None:
@@ -186,16 +201,3 @@ def _process_set(ranks: list[int]) -> Any:
 def check_adasum(world: World) -> None:
     """Horovod's own optimizer; it has Adasum on the CPU with MPI only."""
     assert_equal(world, sgd, op=hvd.Adasum, own={})
-
-
-@on("gloo-1", "gloo-4", "mpi-4")
-def check_default_buckets_to_rounding(world: World) -> None:
-    """One bucket for all: the largest difference after 50 steps."""
-    for make in (sgd, adam):
-        theirs = train(world, hvd.DistributedOptimizer, make, net(), steps=50)
-        ours = train(world, hvdnoise.DistributedOptimizer, make, net(), steps=50,
-                     bucket_bytes=2 ** 20)
-        assert_ranks_agree(world, ours)
-        largest = max(float((a - b).abs().max()) for a, b in zip(ours, theirs))
-        print(f"default buckets, {make.__name__}, {world.size} ranks: {largest:.2e}")
-        assert largest <= (1e-3 if world.size > 1 else 0), largest

@@ -6,6 +6,7 @@ gives their mean to a plain optimizer.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any, Callable
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import hvdnoise
 from hvdnoise.comm import World
+from tests.checks import on
 from tests.parallel.toys import (
     Spy,
     assert_ranks_agree,
@@ -51,6 +53,16 @@ def step(world: World, model: nn.Module, optimizer: Any, *key: int) -> None:
     optimizer.zero_grad()
     loss_of(model, world.rank, *key).backward()
     optimizer.step()
+
+
+@on("gloo-2")
+def check_mpi4py_is_not_imported_without_mpi(world: World) -> None:
+    assert hvdnoise.init().size == world.size  # again, as often as one likes
+    model = net()
+    optimizer = wrap(model, noise=hvdnoise.GNC(radius=0.05))
+    for n in range(2):
+        step(world, model, optimizer, n)
+    assert not [name for name in sys.modules if name.startswith("mpi4py")]
 
 
 def check_state_and_defaults_survive_wrapping(world: World) -> None:

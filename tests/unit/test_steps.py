@@ -210,7 +210,8 @@ def test_a_given_batch_size_counts(name: str) -> None:
 # ---- properties
 
 NOISES: dict[str, Any] = {
-    "none": lambda: None, "own": lambda: GNC(0.4), "gathered": lambda: GNC(0.4, source="gathered"),
+    "none": lambda: None, "own": lambda: GNC(0.4), "lr": lambda: GNC(lr=2.0),
+    "gathered": lambda: GNC(0.4, source="gathered"),
     "isotropic-gnc": lambda: GNC(0.4, source="isotropic"),
     "workers": lambda: CovarianceNoise("full", 3),
     "examples": lambda: CovarianceNoise("full", 3, source="examples"),
@@ -245,7 +246,8 @@ def test_bucket_size_changes_rounding_only(name: str) -> None:
     """Except for isotropic noise, whose numbers are drawn bucket by bucket."""
     def weights(bucket_bytes: int) -> Any:
         def work(world: ThreadWorld) -> Any:
-            model, optimizer = build(world, NOISES[name](), V=2, bucket_bytes=bucket_bytes)
+            model, optimizer = build(world, NOISES[name](), V=2, bucket_bytes=bucket_bytes,
+                                     learning_rates=RATES)
             return train(model, optimizer, 3).weights[-1]
         return run_threads(2, work)[0]
 

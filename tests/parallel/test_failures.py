@@ -1,0 +1,103 @@
+"""Launches that must end: a rank that stalls, or goes its own way; and life inside other programs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import torch
+
+import hvdnoise
+from tests.launcher import Ended, attempt, launch
+from tests.parallel.toys import loss_of, net, weights
+
+
+def optimizer_for(model: torch.nn.Module, **options: Any) -> Any:
+    inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return hvdnoise.DistributedOptimizer(inner, model.named_parameters(), **options)
+
+
+def train(model: torch.nn.Module, optimizer: Any, rank: int, steps: range) -> None:
+    for n in steps:
+        optimizer.zero_grad()
+        loss_of(model, rank, n).backward()
+        optimizer.step()
+
+
+# ---- ranks that hang
+
+def stall() -> None:
+    """Rank 1 sleeps in the third step."""
+    world, model = hvdnoise.init(), net()
+    optimizer = optimizer_for(model)
+    train(model, optimizer, world.rank, range(2))
+    if world.rank == 1:
+        time.sleep(60)
+    train(model, optimizer, world.rank, range(2, 4))
+
+
+def freeze_alone() -> None:
+    """Rank 1 alone trains fewer parameters from the third step on."""
+    world, model = hvdnoise.init(), net()
+    optimizer = optimizer_for(model)
+    train(model, optimizer, world.rank, range(2))
+    if world.rank == 1:
+        model.convolution.requires_grad_(False)
+    train(model, optimizer, world.rank, range(2, 4))
+
+
+def run(function: str, launcher: str, seconds: float) -> Ended:
+    """A launch that must end by itself in time, badly, with nothing left."""
+    ended = attempt(2, f"{__file__}:{function}", launcher=launcher, timeout=60,
+                    env={"HVDNOISE_TIMEOUT": str(seconds)})
+    assert ended.exit_code not in (0, None) and not ended.leftovers, ended.report()
+    return ended
+
+
+def assert_ends_itself(launcher: str) -> None:
+    ended = run("stall", launcher, 3)
+    assert "rank 0 waited 3 s for 'hvdnoise." in ended.logs[0], ended.report()
+    assert "HVDNOISE_TIMEOUT" in ended.logs[0] and "waited" not in ended.logs[1], ended.report()
+
+
+def test_a_stalled_rank_gloo() -> None:
+    assert_ends_itself("gloo")
+
+
+def test_a_stalled_rank_mpi() -> None:
+    assert_ends_itself("mpi")
+
+
+def test_a_rank_that_changes_its_layout_alone() -> None:
+    """Not after the watchdog's time: Horovod compares the shapes."""
+    ended = run("freeze_alone", "gloo", 40)
+    assert "ismatched" in ended.errors[0] and ended.seconds < 40, ended.report()
+
+
+# ---- inside a larger program
+
+def train_on_a_part() -> dict[str, Any]:
+    """Ranks 0 and 2 of COMM_WORLD train; rank 1 collects what they report, step by step."""
+    from mpi4py import MPI
+    everyone, members = MPI.COMM_WORLD, (0, 2)
+    inside = everyone.rank in members
+    part = everyone.Split(0 if inside else MPI.UNDEFINED, everyone.rank)
+    if not inside:
+        reports = [everyone.recv(source=rank, tag=n) for n in range(4) for rank in members]
+        total = everyone.allreduce(1)
+        return {"reports": reports, "total": total, "horovod": "horovod.torch" in sys.modules}
+    world, model = hvdnoise.init(part), net()
+    optimizer = optimizer_for(model, noise=hvdnoise.GNC(radius=0.05, source="gathered"))
+    for n in range(4):
+        train(model, optimizer, world.rank, range(n, n + 1))
+        everyone.send([n, world.rank, world.size], dest=1, tag=n)
+    return {"weights": weights(model), "total": everyone.allreduce(1)}
+
+
+def test_training_on_a_part_of_an_mpi_program() -> None:
+    first, other, second = launch(3, f"{__file__}:train_on_a_part", launcher="mpirun")
+    assert other["reports"] == [[n, rank, 2] for n in range(4) for rank in range(2)]
+    assert first["total"] == second["total"] == other["total"] == 3
+    pairs = list(zip(first["weights"], second["weights"]))
+    assert len(pairs) == 7 and all(torch.equal(a, b) for a, b in pairs)
