@@ -49,6 +49,14 @@ def net(seed: int = 1) -> Net:
         return Net()
 
 
+def small_net() -> nn.Module:
+    """3 parameters, where every collective counts."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.Flatten(), nn.Tanh(),
+                             nn.Linear(64, 4))
+
+
 def words(sparse: bool) -> Words:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
