@@ -65,13 +65,12 @@ class AppliedNoise:
         self._weights = None
         self._local_squares, self._noise_squares = [], {}
         if self.watch is not None:
-            self.watch.restore()
-        self.begin_worker()
+            self.watch.reset()
 
     def begin_worker(self) -> None:
         """The next worker's forward passes begin."""
         if self.watch is not None:
-            self.watch.examples = 0
+            self.watch.begin_worker()
 
     def end_step(self) -> None:
         """The step was taken."""
@@ -191,6 +190,7 @@ class AppliedNoise:
             self._noise_squares = dict.fromkeys(range(self.virtual_workers), added)
         if self.measure:
             self._measure(exchange, scale)
+        self.begin_worker()
 
     def _measure(self, exchange: Exchange, scale: float) -> None:
         mine = torch.tensor([sum(map(float, self._local_squares)) / scale ** 2,

@@ -9,8 +9,9 @@ notices the outermost modules that hold the parameters, hooks those, and removes
 parameters are covered. While the weights are displaced
 
 - a forward pass in evaluation mode, or without gradients, sees the clean weights;
-- ``state_dict()`` gives the clean weights (the tensors themselves, as ever);
-- ``load_state_dict()`` ends the displacement first.
+- ``state_dict()`` gives the clean weights (the tensors themselves, as ever), and so does a deep
+  copy of the model; pickling the model itself raises an error;
+- ``load_state_dict()``, and an exception in the forward, end the displacement.
 
 Buffers, such as BatchNorm's running statistics, belong to the forward pass that updates them: with
 lag 1 they average over displaced weights. The second pass of lag 0 leaves no trace in them.
@@ -18,6 +19,8 @@ lag 1 they average over displaced weights. The second pass of lag 0 leaves no tr
 
 from __future__ import annotations
 
+import copy
+import sys
 import warnings
 import weakref
 from typing import Any, Callable, Sequence
@@ -45,10 +48,18 @@ class _Hook:
         if target is not None:
             getattr(target, self._method)(*args, **kwargs)
 
-    def __deepcopy__(self, memo: Any) -> _Hook:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        target = self._target()
+        if target is not None:
+            target.copy_clean(memo)
         return self
 
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        target = self._target()
+        if target is not None and target.displaced:
+            raise RuntimeError("between forward and backward the weights are displaced: save the "
+                               "model's state_dict(), which is always clean, or save after "
+                               "backward()")
         return _nothing, ()
 
 
@@ -68,11 +79,13 @@ class ModelWatch:
                  ) -> None:
         """``before_training_forward`` may call `displace`; it is called before each outermost
         forward in training mode with gradients."""
-        self.examples = 0  # leading dimension of the first tensor, summed over training forwards
+        # leading dimension of the first tensor, summed over the training forwards of a worker
+        self.examples = 0
         self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._before_training_forward = before_training_forward
         self._swapped: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, clean, displaced
         self._paused = False
+        self._first = True
         self._depth = 0
         self._uncovered: set[Tensor] = set()
         self._handles: list[Any] = []
@@ -112,6 +125,22 @@ class ModelWatch:
             self._point(displaced=False)
             self._swapped, self._paused = [], False
 
+    def reset(self) -> None:
+        """A new step begins: whatever forward pass broke off is over."""
+        self.restore()
+        self._depth = 0
+
+    def begin_worker(self) -> None:
+        """The next training forward is the first of another worker."""
+        self._first = True
+
+    def copy_clean(self, memo: dict[int, Any]) -> None:
+        """Put clean copies of displaced parameters into a ``copy.deepcopy`` under way."""
+        for p, clean, _ in self._swapped:
+            if id(p) not in memo:
+                copy.deepcopy(p, memo)
+            memo[id(p)].data = clean.clone()
+
     def _point(self, *, displaced: bool) -> None:
         for p, clean, other in self._swapped:
             p.data = other if displaced else clean
@@ -127,7 +156,8 @@ class ModelWatch:
             self._discovery = None
         self._handles += [
             module.register_forward_pre_hook(_Hook(self, "_enter"), with_kwargs=True),
-            module.register_forward_hook(_Hook(self, "_leave"), always_call=True)]
+            module.register_forward_hook(_Hook(self, "_leave"), with_kwargs=True,
+                                         always_call=True)]
         for owner in module.modules():
             self._handles += [
                 owner.register_state_dict_post_hook(_Hook(self, "_clean_state")),
@@ -141,20 +171,28 @@ class ModelWatch:
         if self._depth > 1:
             return
         if module.training and torch.is_grad_enabled():
-            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()]
-            self.examples += len(tensors[0]) if tensors else 0
             self._before_training_forward()
         elif self._swapped:
             self._point(displaced=False)
             self._paused = True
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+               output: Any) -> None:
         if module not in self.roots:
             return
         self._depth -= 1
-        if self._depth == 0 and self._paused:
+        if self._depth > 0:
+            return
+        if self._paused:
             self._point(displaced=True)
             self._paused = False
+        elif output is None and sys.exc_info()[0] is not None:  # the forward raised
+            self.restore()
+        elif module.training and torch.is_grad_enabled():
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()]
+            seen = len(tensors[0]) if tensors else 0
+            self.examples = seen if self._first else self.examples + seen
+            self._first = False
 
     def _clean_state(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         clean = {p: weight for p, weight, _ in self._swapped}
@@ -162,8 +200,9 @@ class ModelWatch:
             if p in clean and prefix + name in state:
                 state[prefix + name] = clean[p]
 
-    def _before_load(self, *_: Any) -> None:
-        self.restore()
+    def _before_load(self, module: nn.Module, *_: Any) -> None:
+        if not {p for p, _, _ in self._swapped}.isdisjoint(module.parameters()):  # not for a copy
+            self.restore()
 
     def normalization_statistics(self) -> list[tuple[Tensor, Tensor]]:
         """(buffer, copy) of everything that forward passes in training mode write."""

@@ -62,6 +62,7 @@ class Exchange:
         self.world, self.layout, self.options, self.num_local = world, layout, options, num_local
         self._label = label
         self.seconds = 0.0  # waited in the last `finish`
+        self.gathers = True  # whether somebody looks at the gathered rows of this step
         self.found_sparse: set[str] = set()  # names that some rank found sparse in the layout
         self._facts = dict(facts, parameters=layout.digest, sparse=sorted(sparse.values()))
         self._places = [self._place(bucket) for bucket in layout.buckets]
@@ -156,7 +157,7 @@ class Exchange:
 
     def _leave(self, place: _Place) -> None:
         name = f"{self._label}.{place.bucket.index}"
-        if self.options.gather_rows:
+        if self.options.gather_rows and self.gathers:
             assert place.rows is not None
             place.gathering = self.world.allgather(place.rows, name=f"{name}.rows")
         flat, context = place.reduced, None

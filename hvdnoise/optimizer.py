@@ -76,7 +76,8 @@ class _DistributedOptimizer(Wrapper):
 
     @property
     def examples_per_worker(self) -> int:
-        """Examples that the worker's forward passes have seen so far; 0 where nobody counts."""
+        """Examples that the forward passes of this rank's last worker have seen; 0 where nobody
+        counts."""
         return self.applied.situation().examples_per_worker
 
     @property
@@ -199,6 +200,7 @@ class _DistributedOptimizer(Wrapper):
         if self._passes is not None:
             self._passes.begin_step()
             self.applied.begin_step()
+            self.applied.begin_worker()
 
     def distributed_step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the weights with the exchanged gradients.

@@ -74,7 +74,9 @@ class Passes:
 
     def prepare(self) -> None:
         """Hook new parameters; lay out anew when parameters, dtypes or devices have changed."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
+        order = {p: place for place, p in enumerate(self._names)}  # of registration, if named
+        parameters = sorted((p for p in self.parameters() if p.requires_grad),
+                            key=lambda p: order.get(p, len(order)))
         dense = [p for p in parameters if p not in self._sparse]
         if self._layout is not None and fingerprint(dense) == self._layout.fingerprint:
             return
@@ -160,6 +162,7 @@ class Passes:
             if self.done == 0:
                 self.prepare()
                 self.current_exchange().begin_pass()
+                self.current_exchange().gathers = self.applied.observing
         closing = partial(self._close_pass)
         self._closing = weakref.ref(closing, self._drop_pass)
         engine = torch.autograd.Variable._execution_engine

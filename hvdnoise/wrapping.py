@@ -143,6 +143,9 @@ def check_arguments(*, backward_passes_per_step: int, op: str, gradient_predivid
                         ("virtual_workers", virtual_workers)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} must be an integer > 0")
+    if op not in ("average", "sum", "adasum", "min", "max", "product"):
+        raise ValueError(f"op={op!r} is no reduction: use hvd.Average, Sum, Adasum, Min, Max or "
+                         "Product")
     if gradient_predivide_factor != 1.0 and op != "average":
         raise ValueError(f"gradient_predivide_factor={gradient_predivide_factor} needs "
                          f"op=hvd.Average, not {op}")

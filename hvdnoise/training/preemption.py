@@ -8,6 +8,19 @@ A second SIGTERM ends the process at once. It is noticed by a thread, because Py
 handlers do not run while the main thread waits inside a collective. Launchers and schedulers may
 deliver one wish twice (to the process and to its group): what follows the first signal within
 `SAME_SIGNAL_SECONDS` counts as the same.
+
+What launchers make of it (seen with Horovod 0.28.1 and Open MPI 4.1.8):
+
+    signal to          horovodrun --gloo          mpirun
+    one rank, or all   saved; exit code 1, and    saved; exit code 75
+                       "Exit code: 75" printed
+    the launcher       ranks get SIGTERM, and     ranks get SIGTERM after T seconds, SIGKILL after
+                       SIGKILL 5 s later;         T more (T: the MCA parameter
+                       exit code 1                odls_base_sigkill_timeout, 1 by default); exit
+                                                  code 1
+
+Where the exit code does not tell, RUN/preempted.json does. ``horovodrun --mpi`` itself dies of a
+SIGTERM and leaves the ranks running: use mpirun.
 """
 
 from __future__ import annotations

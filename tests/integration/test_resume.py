@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any, Callable
 
@@ -100,19 +101,23 @@ def test_a_second_sigterm_ends_at_once(tmp_path: Path, settings: Path) -> None:
     folder = tmp_path / "run"
 
     def act() -> None:
-        import time
         stopped, other = rank_pid(folder, 0), rank_pid(folder, 1)
         os.kill(stopped, signal.SIGSTOP)
         os.kill(other, signal.SIGTERM)
         time.sleep(2)
         os.kill(other, signal.SIGTERM)
-        time.sleep(1)
+        for _ in range(50):
+            if not psutil.pid_exists(other):
+                gone.append(other)
+                break
+            time.sleep(0.1)
         os.kill(stopped, signal.SIGCONT)
+    gone: list[int] = []
     watcher = at_step(folder, 4, act)
     ended = train(folder, settings, "gloo")
     watcher.join()
     assert ended.exit_code not in (0, None) and not ended.leftovers, ended.report()
-    assert "second SIGTERM: ending at once" in ended.output
+    assert "second SIGTERM: ending at once" in ended.output and gone
 
 
 def test_another_number_of_ranks_is_refused_unless_asked_for(tmp_path: Path, settings: Path

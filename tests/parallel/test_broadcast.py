@@ -17,16 +17,9 @@ from torch import Tensor
 import hvdnoise
 from hvdnoise.comm import World
 from tests.parallel.test_traps import step, wrap
-from tests.parallel.toys import (
-    Spy,
-    assert_ranks_agree,
-    loss_of,
-    net,
-    same_bits,
-    weights,
-)
+from tests.parallel.toys import Spy, assert_ranks_agree, loss_of, net, same_bits, weights
 
-WORLDS = ("gloo-2", "mpi-2", "gloo-4")
+WORLDS = ("mpi-2", "gloo-4")
 CHECK_SECONDS = 90
 
 Make = Callable[[Any], torch.optim.Optimizer]

@@ -1,4 +1,4 @@
-"""Launches that must end: a rank that stalls, or goes its own way; and life inside other programs."""
+"""Launches that must end: a rank stalls, or goes its own way; and life inside other programs."""
 
 from __future__ import annotations
 

@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 import hvdnoise
 from hvdnoise.comm import World
-from tests.checks import on
 from tests.parallel.test_traps import sgd, step, step_by_hand, wrap
 from tests.parallel.toys import (
     assert_ranks_agree,
@@ -59,7 +58,6 @@ def branch_loss(model: nn.Module, branch: int, *key: int) -> Tensor:
     return nn.functional.cross_entropy(model(images(*key), branch), labels(*key))
 
 
-@on("gloo-2", "mpi-2", "mpi-4")
 def check_parameters_unused_on_some_or_all_ranks(world: World) -> None:
     """Weight decay and momentum reach the unused ones too, with or without zero_grad to None."""
     results = []

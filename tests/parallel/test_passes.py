@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 import hvdnoise
 from hvdnoise.comm import World
-from tests.checks import on
 from tests.parallel.test_traps import sgd, step, step_by_hand, wrap
 from tests.parallel.toys import (
     Spy,
@@ -251,7 +250,6 @@ def check_casting_after_wrapping_keeps_overlap(world: World) -> None:
             assert_ranks_agree(world, model.parameters())
 
 
-@on("gloo-2", "mpi-4")
 def check_late_ranks(world: World) -> None:
     model, twin = net(), net()
     optimizer, plain = wrap(model), sgd(twin)

@@ -18,7 +18,7 @@ from hvdnoise.comm import World
 from tests.parallel.test_traps import sgd, step_by_hand, wrap
 from tests.parallel.toys import assert_ranks_agree, close, loss_of, net, same_bits, weights
 
-WORLDS = ("gloo-2", "mpi-2", "mpi-4")
+WORLDS = ("gloo-2", "mpi-4")
 SCALE = 2.0 ** 12
 
 

@@ -24,7 +24,6 @@ from tests.parallel.toys import (
     loss_of,
     mean_gradient,
     net,
-    raised,
     same_bits,
     weights,
 )

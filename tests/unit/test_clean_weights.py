@@ -19,8 +19,6 @@ from hvdnoise import GNC
 from tests.fake_world import Meeting, ThreadWorld
 from tests.toys import Net, batch, build, losses, relative_error, train, vector
 
-FAILS = pytest.mark.xfail(strict=True, reason="/tmp/team/displacement.patch")
-
 
 def alone() -> ThreadWorld:
     return ThreadWorld(Meeting(1, 1.0), 0)
@@ -164,8 +162,7 @@ def test_clean_outside_the_window(trained: Trained, look: str) -> None:
     trained.assert_clean()
 
 
-INSIDE = [pytest.param(look, marks=FAILS) if "copied" in look else look
-          for look in LOOKS if look != "pickled"]
+INSIDE = [look for look in LOOKS if look != "pickled"]
 
 
 @pytest.mark.parametrize("look", INSIDE)
@@ -182,7 +179,6 @@ def test_clean_between_forward_and_backward(trained: Trained, look: str) -> None
         assert torch.equal(p.grad, q.grad)
 
 
-@FAILS
 def test_a_pickle_between_forward_and_backward_is_refused(trained: Trained) -> None:
     """A pickle would hold the displaced weights."""
     loss = trained.forward()
@@ -192,7 +188,7 @@ def test_a_pickle_between_forward_and_backward_is_refused(trained: Trained) -> N
     assert torch.equal(pickled(trained), trained.clean)
 
 
-@pytest.mark.parametrize("how", [pytest.param("deep copy", marks=FAILS), "pickle"])
+@pytest.mark.parametrize("how", ["deep copy", "pickle"])
 def test_copies_are_models_of_their_own(trained: Trained, how: str) -> None:
     twin = copy.deepcopy(trained.model) if how == "deep copy" else unpickled(trained)
     loss = trained.forward()
@@ -229,7 +225,6 @@ class Raises(Net):
         return output
 
 
-@FAILS
 @pytest.mark.parametrize("error", [ValueError("out of memory"), KeyboardInterrupt()], ids=repr)
 def test_an_exception_in_forward(error: BaseException) -> None:
     trained, undisturbed = Trained(Raises()), Trained()

@@ -85,7 +85,6 @@ def test_an_unknown_batch_size_can_be_given(structure: str) -> None:
     one_step(batch_size=4)
 
 
-@pytest.mark.xfail(strict=True, reason="/tmp/team/displacement.patch")
 def test_keyword_arguments_show_the_batch_size_too() -> None:
     """From the first forward on, by which the model is found."""
     model, optimizer = build(alone(), CovarianceNoise("full", 2), V=2)
@@ -98,9 +97,7 @@ def test_keyword_arguments_show_the_batch_size_too() -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("clear", [
-    "optimizer", pytest.param("model", marks=pytest.mark.xfail(
-        strict=True, reason="/tmp/team/displacement.patch"))])
+@pytest.mark.parametrize("clear", ["optimizer", "model"])
 def test_the_batch_size_after_a_skipped_step(clear: str) -> None:
     """A GradScaler skips a step; the gradients may be cleared through the model."""
     model, optimizer = build(alone(), CovarianceNoise("full", 2), V=2)
