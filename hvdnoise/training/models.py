@@ -41,7 +41,7 @@ def build(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.
     Raises:
         ValueError: an unknown name (with the nearest ones), or images the model cannot take.
     """
-    builder = _find(name)
+    builder = find(name)
     try:
         model = builder(num_classes, image_shape).eval()
         with torch.no_grad():  # a blank image, so that a misfit is an error before the run
@@ -54,7 +54,7 @@ def build(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.
     return model.train()
 
 
-def _find(name: str) -> _Builder:
+def find(name: str) -> _Builder:
     if name in _BUILDERS:
         return _BUILDERS[name]
     plain = name.removeprefix(_PREFIX)

@@ -91,7 +91,7 @@ def _check_noise(config: TrainConfig, size: int) -> None:
 
 def _check_names(config: TrainConfig, size: int) -> None:
     from hvdnoise.training import models
-    models._find(config.model)
+    models.find(config.model)
     name = config.name
     require(name is None or bool(name) and Path(name).name == name, "name", repr(name),
             "give a plain name without slashes")

@@ -21,6 +21,7 @@ from hvdnoise.comm import World
 from tests.checks import on
 from tests.launcher import MARKER
 from tests.parallel.toys import (
+    Spy,
     assert_ranks_agree,
     loss_of,
     net,
@@ -52,8 +53,10 @@ def adam(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 def train(world: World, wrap: Callable[..., Any], make_optimizer: Callable[..., Any],
           model: torch.nn.Module, *, steps: int = 8, passes: int = 1, broadcast: bool = False,
-          **options: Any) -> list[torch.Tensor]:
+          world_given: World | None = None, **options: Any) -> list[torch.Tensor]:
     """The weights after some steps of the loop that Horovod's documentation has."""
+    if world_given is not None:
+        options["world"] = world_given
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         optimizer = wrap(make_optimizer(model), named_parameters=model.named_parameters(),
@@ -133,15 +136,24 @@ def check_gradient_predivide_factor(world: World) -> None:
     assert_equal(world, adam, gradient_predivide_factor=3.0)
 
 
+def collectives_in_a_step(world: World, wrap: Callable[..., Any] = hvdnoise.DistributedOptimizer,
+                          **options: Any) -> int:
+    spy = Spy(world)
+    train(world, wrap, sgd, net(), steps=1, world_given=spy, **options)
+    return spy.events.count("allreduce")
+
+
 @on(*EXACT_ORDER)
 def check_groups_as_a_number(world: World) -> None:
-    assert_equal(world, sgd, own={}, groups=3)
-    assert_equal(world, sgd, own={}, groups=1)
+    for groups in (3, 1):
+        assert_equal(world, sgd, own={}, groups=groups)
+        assert collectives_in_a_step(world, groups=groups) == groups
 
 
 @on(*EXACT_ORDER)
 def check_num_groups(world: World) -> None:
     assert_equal(world, sgd, own={}, num_groups=2)
+    assert collectives_in_a_step(world, num_groups=2) == 2
 
 
 def in_lists(wrap: Callable[..., Any], size: int) -> Callable[..., Any]:
@@ -153,13 +165,14 @@ def in_lists(wrap: Callable[..., Any], size: int) -> Callable[..., Any]:
     return wrap_grouped
 
 
-@on("gloo-4", *WORLDS)
 def check_groups_as_lists(world: World) -> None:
     """Groups of one at any number of ranks; of more where the order of additions is no matter."""
     for size in (1, 2) if world.size == 2 else (1,):
         theirs = train(world, in_lists(hvd.DistributedOptimizer, size), sgd, net())
         ours = train(world, in_lists(hvdnoise.DistributedOptimizer, size), sgd, net())
         assert same_bits(ours, theirs)
+        spying = in_lists(hvdnoise.DistributedOptimizer, size)
+        assert collectives_in_a_step(world, spying) == 4 // size + 3
 
 
 def check_sparse_as_dense(world: World) -> None:

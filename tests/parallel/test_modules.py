@@ -14,13 +14,15 @@ from typing import Any, Callable
 import horovod.torch as hvd
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import hvdnoise
 from hvdnoise.comm import World
 from tests.parallel.test_traps import sgd, step, step_by_hand, wrap
 from tests.parallel.toys import (
+    Checkpointed,
     assert_ranks_agree,
+    branch_loss,
+    branches,
     close,
     gradients,
     images,
@@ -34,28 +36,6 @@ from tests.parallel.toys import (
 )
 
 WORLDS = ("gloo-2", "mpi-2")
-
-
-class Branches(nn.Module):
-    """Every rank can take another branch; one is taken by nobody."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trunk = nn.Linear(36, 8)
-        self.branches = nn.ModuleList(nn.Linear(8, 4) for _ in range(5))
-
-    def forward(self, x: Tensor, branch: int) -> Tensor:
-        return self.branches[branch](torch.tanh(self.trunk(x.flatten(1))))
-
-
-def branches() -> Branches:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        return Branches()
-
-
-def branch_loss(model: nn.Module, branch: int, *key: int) -> Tensor:
-    return nn.functional.cross_entropy(model(images(*key), branch), labels(*key))
 
 
 def check_parameters_unused_on_some_or_all_ranks(world: World) -> None:
@@ -212,18 +192,6 @@ def check_channels_last(world: World) -> None:
         names = [name for name, _ in model.named_parameters() if name != "convolution.bias"]
         assert close([model.get_parameter(name) for name in names],
                      [twin.get_parameter(name) for name in names], 1e-5), (fused, before)
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, reentrant: bool, head: bool) -> None:
-        super().__init__()
-        self.inner = nn.Sequential(nn.Linear(36, 8), nn.Tanh(), nn.Linear(8, 4))
-        self.first, self.head = nn.Linear(36, 36), nn.Linear(4, 4) if head else nn.Identity()
-        self.reentrant = reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        inner = checkpoint(self.inner, self.first(x.flatten(1)), use_reentrant=self.reentrant)
-        return self.head(inner)
 
 
 def check_activation_checkpoints(world: World) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hvdnoise.comm import World
 
@@ -55,6 +56,40 @@ def small_net() -> nn.Module:
         torch.manual_seed(1)
         return nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.Flatten(), nn.Tanh(),
                              nn.Linear(64, 4))
+
+
+class Branches(nn.Module):
+    """Every rank can take another branch; one is taken by nobody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(36, 8)
+        self.branches = nn.ModuleList(nn.Linear(8, 4) for _ in range(5))
+
+    def forward(self, x: Tensor, branch: int) -> Tensor:
+        return self.branches[branch](torch.tanh(self.trunk(x.flatten(1))))
+
+
+def branches() -> Branches:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        return Branches()
+
+
+def branch_loss(model: nn.Module, branch: int, *key: int) -> Tensor:
+    return nn.functional.cross_entropy(model(images(*key), branch), labels(*key))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool, head: bool) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(36, 8), nn.Tanh(), nn.Linear(8, 4))
+        self.first, self.head = nn.Linear(36, 36), nn.Linear(4, 4) if head else nn.Identity()
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = checkpoint(self.inner, self.first(x.flatten(1)), use_reentrant=self.reentrant)
+        return self.head(inner)
 
 
 def words(sparse: bool) -> Words:
