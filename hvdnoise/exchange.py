@@ -70,6 +70,7 @@ class Exchange:
         self._agreed = False
         self._sparse = dict(sparse)
         self._sparse_gradients: dict[str, Tensor] = {}
+        self._sparse_results: dict[Tensor, Tensor] = {}  # what p.grad became
         self.begin_pass()
 
     def _place(self, bucket: Bucket) -> _Place:
@@ -94,15 +95,16 @@ class Exchange:
 
     def owns_gradient(self, p: Tensor) -> bool:
         """Whether ``p.grad`` is this exchange's storage, so the result of an earlier step."""
-        if p not in self._where:
-            return False
+        if p.grad is None or p.grad.is_sparse or p not in self._where:
+            return p.grad is not None and p.grad is self._sparse_results.get(p)
         index, t = self._where[p]
-        return p.grad is not None and p.grad.data_ptr() == self._places[index].views[t].data_ptr()
+        return p.grad.data_ptr() == self._places[index].views[t].data_ptr()
 
     def zeroed(self, but: Tensor) -> bool:
         """Whether all results of an earlier step, ``but`` one parameter's, are zero by now."""
-        results = [p.grad for p in self._where if p is not but and self.owns_gradient(p)]
-        return bool(results) and not any(grad is None or grad.any() for grad in results)
+        results = [p.grad for p in [*self._where, *self._sparse]
+                   if p.grad is not None and p is not but and self.owns_gradient(p)]
+        return bool(results) and not any(grad.to_dense().any() for grad in results)
 
     def capture(self, p: Tensor, worker: int, weight: float, leave: bool) -> None:
         """Take ``p.grad`` as the gradient of this rank's worker number ``worker``.
@@ -198,7 +200,9 @@ class Exchange:
             if result.data_ptr() != place.reduced.data_ptr():
                 place.reduced.copy_(result)
             for t, (p, view) in enumerate(zip(place.bucket.parameters, place.views)):
-                p.grad = view.to_sparse() if t in place.sparse else view
+                p.grad = view
+                if t in place.sparse:
+                    p.grad = self._sparse_results[p] = view.to_sparse()
             receive(place.bucket, place.reduced, place.rows, gathered)
         self._reduce_sparse()
         self.begin_pass()
@@ -230,5 +234,5 @@ class Exchange:
             values_K = self.world.allgather(values_K, name=f"hvdnoise.{name}.values").wait()
             if self.options.op == "average":
                 values_K = values_K / self.world.size
-            p.grad = torch.sparse_coo_tensor(indices_KI.t(), values_K, p.shape,
-                                             check_invariants=False)
+            p.grad = self._sparse_results[p] = torch.sparse_coo_tensor(
+                indices_KI.t(), values_K, p.shape, check_invariants=False)

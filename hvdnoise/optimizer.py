@@ -325,7 +325,7 @@ def DistributedOptimizer(
                     virtual_workers=virtual_workers, bucket_bytes=limit, noise=noise)
     if reduction == "adasum":
         return comm.adasum_optimizer(optimizer, named_parameters=named_parameters,
-                                     compression=compression,
+                                     compression=compression, process_set=process_set,
                                      backward_passes_per_step=backward_passes_per_step)
     names = named(optimizer, named_parameters)
     world = world or comm.HorovodWorld(process_set)

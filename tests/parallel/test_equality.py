@@ -25,6 +25,7 @@ from tests.parallel.toys import (
     assert_ranks_agree,
     loss_of,
     net,
+    raised,
     same_bits,
     small_net,
     weights,
@@ -176,11 +177,15 @@ def check_groups_as_lists(world: World) -> None:
 
 
 def check_sparse_as_dense(world: World) -> None:
-    dense = assert_equal(world, sgd, lambda: words(sparse=False))
-    make = torch.optim.SGD
-    sparse = assert_equal(world, lambda model: make(model.parameters(), 0.1, momentum=0.9),
-                          lambda: words(sparse=True), sparse_as_dense=True)
-    assert len(dense) == len(sparse)
+    """Also what only takes sparse gradients."""
+    assert_equal(world, lambda model: torch.optim.SGD(model.parameters(), 0.1, momentum=0.9),
+                 lambda: words(sparse=True), sparse_as_dense=True)
+    model: Any = words(sparse=True)
+    model.head.requires_grad_(False)
+    train(world, hvdnoise.DistributedOptimizer, lambda model: torch.optim.SparseAdam(
+        model.embedding.parameters(), lr=0.1), model, sparse_as_dense=True)
+    assert model.embedding.weight.grad.is_sparse
+    assert_ranks_agree(world, model.parameters())
 
 
 def check_sparse(world: World) -> None:
@@ -223,3 +228,8 @@ def _process_set(ranks: list[int]) -> Any:
 def check_adasum(world: World) -> None:
     """Horovod's own optimizer; it has Adasum on the CPU with MPI only."""
     assert_equal(world, sgd, op=hvd.Adasum, own={})
+    part = _process_set([0, 1]) if world.size > 2 else None
+    if part is not None:
+        text = raised(NotImplementedError, lambda: hvdnoise.DistributedOptimizer(
+            sgd(net()), op=hvd.Adasum, process_set=part))
+        assert "process set" in text

@@ -226,6 +226,11 @@ def test_bad_arguments(options: dict[str, Any], text: str) -> None:
     assert not any(p._post_accumulate_grad_hooks for p in net.parameters())
 
 
+def test_before_horovod_has_started() -> None:
+    with pytest.raises(RuntimeError, match="hvdnoise.init()"):
+        DistributedOptimizer(sgd(model()))
+
+
 def test_wrapping_twice() -> None:
     net = model()
     optimizer = wrapped(net)
