@@ -47,7 +47,7 @@ class _Place:
     rows: Tensor | None
     row_views: list[list[Tensor]]
     missing: set[int] = field(default_factory=set)  # places not captured yet in this pass
-    sparse: set[int] = field(default_factory=set)  # places whose gradient came sparse
+    sparse: dict[int, int] = field(default_factory=dict)  # places whose gradient came sparse: dims
     reduction: tuple[Handle, Any] | None = None
     gathering: Handle | None = None
 
@@ -144,7 +144,7 @@ class Exchange:
         if grad is None or not grad.is_sparse:
             return grad.detach() if grad is not None else None
         if self.options.sparse_as_dense:
-            place.sparse.add(t)
+            place.sparse[t] = grad.sparse_dim()
             return grad.detach().to_dense()
         self._keep_sparse(p, place.bucket.names[t])
         return None
@@ -202,7 +202,7 @@ class Exchange:
             for t, (p, view) in enumerate(zip(place.bucket.parameters, place.views)):
                 p.grad = view
                 if t in place.sparse:
-                    p.grad = self._sparse_results[p] = view.to_sparse()
+                    p.grad = self._sparse_results[p] = view.to_sparse(place.sparse[t])
             receive(place.bucket, place.reduced, place.rows, gathered)
         self._reduce_sparse()
         self.begin_pass()
