@@ -59,7 +59,7 @@ class Layout:
     """All buckets of an optimizer, in the order in which backward fills them."""
 
     buckets: tuple[Bucket, ...]
-    fingerprint: tuple[object, ...]  # what the layout was made for; another one asks for a new
+    fingerprint: frozenset[object]  # what the layout was made for; another one asks for a new
     # of names, shapes, strides and dtypes: equal on all ranks, or they may not exchange
     digest: str
 
@@ -74,10 +74,10 @@ def default_bucket_bytes() -> int:
     return min(int(threshold), DEFAULT_BUCKET_BYTES) if threshold else DEFAULT_BUCKET_BYTES
 
 
-def fingerprint(parameters: Iterable[Tensor]) -> tuple[object, ...]:
-    """What a layout depends on; cheap enough to look at in every step."""
-    return tuple((id(p), p.dtype, p.device, p.shape, p.stride()) for p in parameters
-                 if p.requires_grad)
+def fingerprint(parameters: Iterable[Tensor]) -> frozenset[object]:
+    """What a layout depends on, in any order; cheap enough to look at in every step."""
+    return frozenset((id(p), p.dtype, p.device, p.shape, p.stride()) for p in parameters
+                     if p.requires_grad)
 
 
 def build_layout(named_parameters: Sequence[tuple[str, Tensor]], *, bucket_bytes: int,

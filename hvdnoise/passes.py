@@ -74,9 +74,7 @@ class Passes:
 
     def prepare(self) -> None:
         """Hook new parameters; lay out anew when parameters, dtypes or devices have changed."""
-        order = {p: place for place, p in enumerate(self._names)}  # of registration, if named
-        parameters = sorted((p for p in self.parameters() if p.requires_grad),
-                            key=lambda p: order.get(p, len(order)))
+        parameters = [p for p in self.parameters() if p.requires_grad]
         dense = [p for p in parameters if p not in self._sparse]
         if self._layout is not None and fingerprint(dense) == self._layout.fingerprint:
             return
@@ -91,6 +89,8 @@ class Passes:
             self.applied.watch.watch(parameters)
         if self._layout is not None and self.applied.noise is not None:
             self.applied.noise.forget()  # it observed another layout
+        order = {p: place for place, p in enumerate(self._names)}  # of registration, if named
+        dense.sort(key=order.__getitem__)
         self._layout = build_layout([(self._names[p], p) for p in dense],
                                     bucket_bytes=self._bucket_bytes, groups=self._bucket_groups)
         self.exchange = None
