@@ -13,7 +13,6 @@ All ranks must see the same folder: on several hosts it lies in a shared file sy
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from typing import Any, Callable
 import torch
 
 from hvdnoise.comm import World
+from hvdnoise.training.fetch import digest
 from hvdnoise.training.progress import log
 
 FORMAT = 1
@@ -126,11 +126,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            total.update(block)
-    return {"bytes": path.stat().st_size, "sha256": total.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": digest(path)}
 
 
 def together(world: World, what: str, action: Callable[[], Any]) -> list[Any]:
