@@ -13,11 +13,12 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
-from hvdnoise.buckets import Bucket, Layout
-from hvdnoise.comm import Handle, World
+from hvdnoise.buckets import Layout
+from hvdnoise.comm import World
 from hvdnoise.displacement import ModelWatch
 from hvdnoise.exchange import Exchange
 from hvdnoise.noise.base import Noise, Situation
+from hvdnoise.observation import History, Sighting
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class AppliedNoise:
         self.loss_scale: float | Callable[[], float] = 1.0
         self.observing = True
         self.watch: ModelWatch | None = None
-        self._observed = False
+        self.history = History(noise.lag if noise is not None else 1)
         self._weighed = False
         self._weights: list[float] | None = None
         self._buffers: dict[str, list[list[Tensor]]] = {}  # displaced weights, of one layout
@@ -59,9 +60,9 @@ class AppliedNoise:
 
     def begin_step(self) -> None:
         """Nothing of a step under way remains; an observation that no step took is dropped."""
-        if self._observed and self.noise is not None:
-            self.noise.forget()
-        self._observed = self._weighed = False
+        if self.history.new is not None:
+            self.history.forget()  # also what was before: its rows have been written over
+        self._weighed = False
         self._weights = None
         self._local_squares, self._noise_squares = [], {}
         if self.watch is not None:
@@ -75,16 +76,27 @@ class AppliedNoise:
     def end_step(self) -> None:
         """The step was taken."""
         if self.noise is not None and self.noise.lag == 0:
-            self.noise.forget()
-        self.commit()
+            self.history.forget()
+        self.history.commit()
         self.steps += 1
         self.begin_step()
 
-    def commit(self) -> None:
-        """What was observed counts from now on."""
-        if self._observed and self.noise is not None:
-            self.noise.commit()
-        self._observed = False
+    def look(self) -> Sighting | None:
+        """What the noise is to see of the step whose first backward pass begins."""
+        noise = self.noise
+        if noise is None or not self.observing or not noise.looks:
+            return None
+        self.history.new = Sighting(noise, self.situation(), self._current_loss_scale)
+        return self.history.new
+
+    def _current_loss_scale(self) -> float:
+        return float(self.loss_scale() if callable(self.loss_scale) else self.loss_scale)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the displaced weights."""
+        return sum(each.nbytes for buffers in self._buffers.values() for one in buffers
+                   for each in one)
 
     def situation(self) -> Situation:
         first = self.world.rank * self.virtual_workers
@@ -98,8 +110,10 @@ class AppliedNoise:
     def displace(self, layout: Layout, v: int, learning_rates: dict[Tensor, float]) -> None:
         """Displace the weights for this rank's worker number ``v``, if there is noise for it."""
         noise, watch = self.noise, self.watch
-        if noise is None or watch is None or watch.displaced or not noise.ready:
+        due = self.history.due
+        if noise is None or watch is None or watch.displaced or due is None:
             return
+        seen = due.settle()
         if layout.digest not in self._buffers:
             self._buffers = {layout.digest: [[_alike(p) for p in b.parameters]
                                              for b in layout.buckets]}
@@ -108,7 +122,8 @@ class AppliedNoise:
         for bucket, buffers in zip(layout.buckets, self._buffers[layout.digest]):
             clean = [p.data for p in bucket.parameters]
             noise.displace(bucket, v, clean, buffers,
-                           [learning_rates[p] for p in bucket.parameters], self.situation())
+                           [learning_rates[p] for p in bucket.parameters], seen,
+                           self.situation())
             pairs += zip(bucket.parameters, buffers)
             if self.measure:
                 square += sum(_square(b - c) for b, c in zip(buffers, clean))
@@ -154,36 +169,14 @@ class AppliedNoise:
     # ------------------------------------------------------------------ after the reduction
 
     def finish(self, exchange: Exchange) -> None:
-        """Wait for the exchange; observe it, put noise on the mean, measure."""
-        scale = float(self.loss_scale() if callable(self.loss_scale) else self.loss_scale)
-        noise, now = self.noise, self.situation()
-        statistics: list[tuple[Bucket, Handle]] = []
-        self._observed = noise is not None and noise.needs_rows and self.observing
-
-        def observe(bucket: Bucket, mean_N: Tensor, rows_VN: Tensor | None,
-                    gathered_WN: Tensor | None) -> None:
-            if not self._observed or noise is None or rows_VN is None:
-                return
-            rows_VN.sub_(mean_N)
-            if scale != 1:
-                rows_VN.div_(scale)
-                if gathered_WN is not None and gathered_WN.data_ptr() != rows_VN.data_ptr():
-                    gathered_WN.div_(scale)  # on one rank both are the same storage
-            told = noise.observe(bucket, rows_VN, gathered_WN, now)
-            if told is not None:
-                name = f"hvdnoise.statistics.{bucket.index}"
-                statistics.append((bucket, self.world.allreduce_(told, name=name, op="sum")))
-
-        if noise is not None and self._observed:
-            noise.begin()
-        exchange.finish(observe)
-        for bucket, handle in statistics:
-            assert noise is not None
-            noise.receive(bucket, handle.wait())
+        """Wait for the mean gradients, put noise on them, measure."""
+        exchange.finish()
+        scale, noise = self._current_loss_scale(), self.noise
         if noise is not None and noise.acts_on == "mean":
-            added = 0.0
+            assert self.history.new is not None
+            seen, now, added = self.history.new.settle(), self.situation(), 0.0
             for bucket, reduced_N in exchange.reduced():
-                noise_N = noise.mean_noise(bucket, now)
+                noise_N = noise.mean_noise(bucket, seen, now)
                 reduced_N.add_(noise_N, alpha=scale)
                 if self.measure:
                     added += _square(noise_N)
@@ -205,17 +198,15 @@ class AppliedNoise:
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, for a bitwise resumption."""
-        assert self.noise is not None
-        return {"steps": self.steps, "noise": self.noise.state_dict()}
+        return {"steps": self.steps, "seen": self.history.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+    def load_state_dict(self, state: dict[str, Any] | None, layout: Layout) -> None:
         """Take over a state; None starts the noise anew."""
         self.begin_step()
+        self.history.forget()
         self.steps = state["steps"] if state else 0
-        if self.noise is not None:
-            self.noise.forget()
-            if state:
-                self.noise.load_state_dict(state["noise"])
+        if self.noise is not None and state:
+            self.history.load_state_dict(state["seen"], self.noise, self.situation(), layout)
 
 
 def _alike(p: Tensor) -> Tensor:

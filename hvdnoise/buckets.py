@@ -7,7 +7,8 @@ of the parameter's own memory (row-major, or channels last): fused optimizers wa
 and gradient side by side and do not look at strides.
 A quantity with one row per worker is a matrix of shape (workers, bucket.size).
 
-The limit is `DEFAULT_BUCKET_BYTES`, or Horovod's HOROVOD_FUSION_THRESHOLD where that is smaller;
+The limit is a quarter of the whole, so that what is exchanged overlaps with backward, but from 1
+to 25 MiB, so that it pays to send; or Horovod's HOROVOD_FUSION_THRESHOLD where that is smaller;
 0 gives every parameter a bucket of its own, which is Horovod's layout without fusion and sums in
 exactly its order.
 """
@@ -23,7 +24,8 @@ from typing import Iterable, Sequence
 import torch
 from torch import Tensor
 
-DEFAULT_BUCKET_BYTES = 25 * 2 ** 20
+LEAST_BUCKET_BYTES, MOST_BUCKET_BYTES = 2 ** 20, 25 * 2 ** 20
+BUCKETS = 4  # about so many, between the two
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,11 @@ class Layout:
         return {p: (b.index, t) for b in self.buckets for t, p in enumerate(b.parameters)}
 
 
-def default_bucket_bytes() -> int:
-    """The byte limit of a bucket where the user gave none."""
+def default_bucket_bytes(total_bytes: int) -> int:
+    """The byte limit of a bucket where the user gave none, for so many bytes of parameters."""
+    limit = max(LEAST_BUCKET_BYTES, min(MOST_BUCKET_BYTES, total_bytes // BUCKETS))
     threshold = os.environ.get("HOROVOD_FUSION_THRESHOLD", "")
-    return min(int(threshold), DEFAULT_BUCKET_BYTES) if threshold else DEFAULT_BUCKET_BYTES
+    return min(int(threshold), limit) if threshold else limit
 
 
 def fingerprint(parameters: Iterable[Tensor]) -> frozenset[object]:

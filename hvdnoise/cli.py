@@ -1,4 +1,4 @@
-"""hvdnoise train | eval | doctor: parse, build, run, close.
+"""hvdnoise train | eval | plan | bench | doctor: parse, build, run, close.
 
 Settings are parsed and checked before Horovod starts, so that a mistake costs nothing and leaves
 nothing behind. Exit codes: 0 done; 2 bad input, one line on stderr; 75 preempted by SIGTERM and
@@ -21,6 +21,8 @@ from hvdnoise.training.options import parse
 T = TypeVar("T")
 _USAGE = """usage: hvdnoise train [--config YAML] [--FLAG VALUE ...]   train a network
        hvdnoise eval RUN [--FLAG VALUE ...]                score the weights of a run
+       hvdnoise plan [--config YAML] [--FLAG VALUE ...]    say what a run costs; launch lines
+       hvdnoise bench [--FLAG VALUE ...]                   time ways to average gradients
        hvdnoise doctor [--FLAG VALUE ...]                  say what works on this machine
 Each takes --help. Start several ranks with horovodrun, mpirun or srun in front."""
 
@@ -67,14 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     launched = comm.environment()
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     commands: dict[str, Callable[[Sequence[str], dict[str, int]], int]] = {
-        "train": _train, "eval": _eval, "doctor": _doctor}
+        "train": _train, "eval": _eval, "plan": _plan, "bench": _bench, "doctor": _doctor}
     if command in ("--help", "-h", "help"):
         print(_USAGE)
         return 0
     try:
         if command not in commands:
-            raise ConfigError(f"unknown command {command!r}: give train, eval or doctor; see "
-                              "hvdnoise --help")
+            raise ConfigError(f"unknown command {command!r}: give train, eval, plan, bench or "
+                              "doctor; see hvdnoise --help")
         return commands[command](rest, launched)
     except ConfigError as error:
         return process.refuse(str(error), launched)
@@ -100,7 +102,8 @@ def _train(arguments: Sequence[str], launched: dict[str, int]) -> int:
     process.set_threads(config.threads, launched["local_size"])
     process.be_deterministic()
     return _in_world(launched, identity(config), lambda world: loop.run(
-        config, world, process.pick_device(config.device, world), preemption))
+        config, world, process.pick_device(config.device, world), preemption),
+        group_size=config.group_size(launched["local_size"]))
 
 
 def _eval(arguments: Sequence[str], launched: dict[str, int]) -> int:
@@ -115,6 +118,27 @@ def _eval(arguments: Sequence[str], launched: dict[str, int]) -> int:
                          batch_size=config.batch_size))
 
 
+def _plan(arguments: Sequence[str], launched: dict[str, int]) -> int:
+    from hvdnoise.planning.report import run
+    if launched["rank"] > 0:  # one process plans
+        return 0
+    return run(arguments)
+
+
+def _bench(arguments: Sequence[str], launched: dict[str, int]) -> int:
+    from hvdnoise.bench.config import FREE, BenchConfig, validate
+    config = _parse(BenchConfig, arguments, launched, program="hvdnoise bench")
+    variants = validate(config, launched["size"])
+    from hvdnoise.bench.run import run
+    from hvdnoise.training.config import flatten
+    process.set_threads(config.threads, launched["local_size"])
+    facts = {key: value for key, value in flatten(config).items() if key not in FREE}
+    grouped = any(variant.plan == "group" for variant in variants)
+    return _in_world(launched, facts, lambda world: run(
+        config, variants, world, process.pick_device(config.device, world)),
+        group_size=config.group_size if grouped else None)
+
+
 def _doctor(arguments: Sequence[str], launched: dict[str, int]) -> int:
     config = _parse(DoctorConfig, arguments, launched, program="hvdnoise doctor")
     from hvdnoise.doctor import examine
@@ -122,8 +146,8 @@ def _doctor(arguments: Sequence[str], launched: dict[str, int]) -> int:
                    seconds=config.seconds)
 
 
-def _in_world(launched: dict[str, int], facts: dict[str, Any], action: Callable[[comm.World], int]
-              ) -> int:
+def _in_world(launched: dict[str, int], facts: dict[str, Any],
+              action: Callable[[comm.World], int], *, group_size: int | None = None) -> int:
     """Start Horovod, see that all ranks agree on ``facts``, run, and end whatever happens."""
     from hvdnoise.training.checkpoint import CheckpointError
     from hvdnoise.training.dataspec import DataError
@@ -133,7 +157,7 @@ def _in_world(launched: dict[str, int], facts: dict[str, Any], action: Callable[
     start_terminal(launched["rank"])
     rank = launched["rank"]
     try:
-        world = comm.init()
+        world = comm.init(group_size=group_size)
         rank = world.rank
         try:
             _handshake(world, {**versions(), **facts})

@@ -1,114 +1,30 @@
-"""The world of ranks: who takes part, and the collectives between them.
+"""Horovod's ranks as a `World`, and its start and end.
 
-The only module that imports Horovod or mpi4py. Everything else works on a `World`: `HorovodWorld`
-here, and in the tests a world of threads with the same attributes, so that the whole method runs
-in one process under a debugger.
-
-Every collective carries a name that is equal on all ranks; it may be used again once the earlier
-one of that name is finished. In a world of one rank every collective is the identity.
+The only module that imports Horovod or mpi4py. Everything else works on a `World`
+(`hvdnoise.world`): `HorovodWorld` here, and in the tests a world of threads with the same
+attributes, so that the whole method runs in one process under a debugger.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import atexit
 import os
-from abc import ABC, abstractmethod
+import socket
+import warnings
+import weakref
 from collections import Counter, defaultdict
-from typing import Any, Protocol
+from typing import Any, Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from hvdnoise.launched import environment, launched
 from hvdnoise.watchdog import Watchdog, timeout_from_environment
+from hvdnoise.world import Finished, Handle, World, group_of, handshake
 
-_RANK_VARIABLES = {  # launcher -> its names of (rank, size, local rank, local size)
-    "horovodrun": ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
-    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
-               "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    "hydra": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-}
-
-
-class Handle(Protocol):
-    """A collective under way."""
-
-    def wait(self) -> Tensor:
-        """The result, once every rank has taken part."""
-
-    def done(self) -> bool:
-        """Whether `wait` would return at once."""
-
-
-class Finished:
-    """A collective that needed nobody else."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-
-    def wait(self) -> Tensor:
-        return self._tensor
-
-    def done(self) -> bool:
-        return True
-
-
-class World(ABC):
-    """Ranks that call the same collectives; ``rank`` and ``size`` count inside this world."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    _counts: Counter[str]
-
-    def count(self, what: str) -> int:
-        """How often this world was asked this before: equal on ranks that ask alike."""
-        self.__dict__.setdefault("_counts", Counter())[what] += 1
-        return self._counts[what] - 1
-
-    @abstractmethod
-    def allreduce_(self, tensor: Tensor, *, name: str, op: str = "average",
-                   prescale: float = 1.0, postscale: float = 1.0) -> Handle:
-        """Reduce ``tensor`` in place over all ranks; op: average, sum, min, max or product."""
-
-    @abstractmethod
-    def allgather(self, tensor: Tensor, *, name: str) -> Handle:
-        """The tensors of all ranks, one after the other along dimension 0, in rank order."""
-
-    @abstractmethod
-    def broadcast_(self, tensor: Tensor, *, root: int, name: str) -> Handle:
-        """Overwrite ``tensor`` with rank ``root``'s."""
-
-    def barrier(self, name: str = "barrier") -> None:
-        """Return when every rank has called it."""
-        self.allreduce_(torch.zeros(1), name=f"hvdnoise.{name}", op="sum").wait()
-
-    def gather_json(self, value: Any, *, name: str) -> list[Any]:
-        """Every rank's JSON value, on every rank (nothing that crosses ranks is a pickle)."""
-        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        sizes = self.allgather(torch.tensor([len(text)]), name=f"{name}.sizes").wait().tolist()
-        texts = self.allgather(text, name=f"{name}.texts").wait()
-        return [json.loads(bytes(part.tolist())) for part in texts.split(sizes)]
-
-
-def handshake(world: World, facts: dict[str, Any], *, name: str = "handshake") -> None:
-    """Check that all ranks hold the same ``facts``, comparing digests of fixed size.
-
-    Raises:
-        ValueError: on every rank alike, naming the keys and the ranks that differ from rank 0.
-    """
-    digests = {key: hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode())
-               .hexdigest()[:32] for key, value in facts.items()}
-    everyone = world.gather_json(digests, name=name)
-    wrong = {key: ranks for key in sorted({key for each in everyone for key in each})
-             if (ranks := [rank for rank, each in enumerate(everyone)
-                           if each.get(key) != everyone[0].get(key)])}
-    if wrong:
-        text = "; ".join(f"{key} on rank {', '.join(map(str, ranks))}"
-                         for key, ranks in wrong.items())
-        raise ValueError(f"the ranks differ from rank 0: {text}; start all ranks with the same "
-                         "command, files and versions")
+__all__ = ["Finished", "Handle", "HorovodWorld", "World", "adasum_optimizer", "before_shutdown",
+           "build_report", "environment", "group_of", "handshake", "horovod_optimizer", "init",
+           "launched", "op_name", "shutdown"]
 
 
 class _HorovodHandle:
@@ -117,15 +33,36 @@ class _HorovodHandle:
 
     def wait(self) -> Tensor:
         with self._world.watchdog.waiting_for(self._name):
-            result: Tensor = self._world.hvd.synchronize(self._handle)
-        return result.view(self._dtype)
+            result = self._world.hvd.synchronize(self._handle)
+        tensor: Tensor = result[0] if isinstance(result, tuple) else result  # of an alltoall
+        return tensor.view(self._dtype)
 
     def done(self) -> bool:
         return bool(self._world.hvd.poll(self._handle))
 
 
+class _StagedHandle:
+    """A collective on a copy in the host's memory."""
+
+    def __init__(self, handle: Handle, device: torch.device, target: Tensor | None) -> None:
+        self._handle, self._device, self._target = handle, device, target
+
+    def wait(self) -> Tensor:
+        result = self._handle.wait()
+        if self._target is None:
+            return result.to(self._device)
+        return self._target.copy_(result.view(self._target.shape))
+
+    def done(self) -> bool:
+        return self._handle.done()
+
+
 class HorovodWorld(World):
-    """The ranks of a Horovod process set (default: all); Horovod must have been started."""
+    """The ranks of a Horovod process set (default: all); Horovod must have been started.
+
+    NCCL takes one rank a GPU. Where several share one, what they exchange goes through the host's
+    memory, with a warning.
+    """
 
     def __init__(self, process_set: Any = None) -> None:
         hvd = self.hvd = _horovod()
@@ -140,29 +77,81 @@ class HorovodWorld(World):
         self._ops = {"average": hvd.Average, "sum": hvd.Sum, "min": hvd.Min, "max": hvd.Max,
                      "product": hvd.Product}
         self.watchdog = _watchdog(hvd.rank())
+        self._shared_gpu: bool | None = None  # not known yet
         self._counts = _counts[self.process_set.process_set_id]
 
     def allreduce_(self, tensor: Tensor, *, name: str, op: str = "average",
                    prescale: float = 1.0, postscale: float = 1.0) -> Handle:
-        if self.size == 1:
-            return Finished(tensor)
-        handle = self.hvd.allreduce_async_(
-            tensor, name=name, op=self._ops[op], prescale_factor=prescale,
-            postscale_factor=postscale, process_set=self.process_set)
-        return _HorovodHandle(self, handle, name, tensor.dtype)
+        def start(sent: Tensor, _: Tensor | None) -> Any:
+            return self.hvd.allreduce_async_(
+                sent, name=name, op=self._ops[op], prescale_factor=prescale,
+                postscale_factor=postscale, process_set=self.process_set)
+        return self._start(start, tensor, name, tensor)
 
-    def allgather(self, tensor: Tensor, *, name: str) -> Handle:
-        if self.size == 1:
-            return Finished(tensor)
-        handle = self.hvd.allgather_async(_wire(tensor), name=name, process_set=self.process_set)
-        return _HorovodHandle(self, handle, name, tensor.dtype)
+    def allgather(self, tensor: Tensor, *, name: str, out: Tensor | None = None) -> Handle:
+        def start(sent: Tensor, into: Tensor | None) -> Any:
+            # Horovod's public function always allocates; the one beneath resizes what it is given
+            return self.hvd.mpi_ops._allgather_async(_wire(sent), _wire(_storage(sent, into)), name,
+                                                     self.process_set)
+        return self._start(start, tensor, name, out)
+
+    def alltoall(self, tensor: Tensor, splits: Sequence[int], *, name: str,
+                 out: Tensor | None = None) -> Handle:
+        def start(sent: Tensor, into: Tensor | None) -> Any:
+            counts = torch.tensor(splits, dtype=torch.int32)
+            return self.hvd.mpi_ops._alltoall_async(
+                _wire(sent), counts, _wire(_storage(sent, into)), torch.empty_like(counts), name,
+                self.process_set)
+        return self._start(start, tensor, name, out)
 
     def broadcast_(self, tensor: Tensor, *, root: int, name: str) -> Handle:
+        def start(sent: Tensor, _: Tensor | None) -> Any:
+            return self.hvd.broadcast_async_(_wire(sent), self.process_set.ranks[root], name=name,
+                                             process_set=self.process_set)
+        return self._start(start, tensor, name, tensor)
+
+    def _start(self, start: Callable[[Tensor, Tensor | None], Any], tensor: Tensor, name: str,
+               target: Tensor | None) -> Handle:
+        """``start(sent, storage of the result)``, on the device or through the host."""
         if self.size == 1:
             return Finished(tensor)
-        handle = self.hvd.broadcast_async_(_wire(tensor), self.process_set.ranks[root], name=name,
-                                           process_set=self.process_set)
-        return _HorovodHandle(self, handle, name, tensor.dtype)
+        if not self._through_host(tensor):
+            return _HorovodHandle(self, start(tensor, target), name, tensor.dtype)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        host.copy_(tensor)
+        handle = _HorovodHandle(self, start(host, None), name, tensor.dtype)
+        return _StagedHandle(handle, tensor.device, target)
+
+    def _through_host(self, tensor: Tensor) -> bool:
+        if not tensor.is_cuda or not self.hvd.nccl_built():  # without NCCL Horovod does it itself
+            return False
+        if self._shared_gpu is None:
+            properties = torch.cuda.get_device_properties(tensor.device)
+            mine = [socket.gethostname(), str(getattr(properties, "uuid", tensor.device.index))]
+            everyone = self.gather_json(mine, name="hvdnoise.gpus")
+            self._shared_gpu = len({tuple(each) for each in everyone}) < self.size
+            if self._shared_gpu and self.rank == 0:
+                warnings.warn("several ranks share a GPU, which NCCL does not do: gradients go "
+                              "through the host's memory; start one rank a GPU to use NCCL",
+                              stacklevel=2)
+        return self._shared_gpu
+
+    def group(self, size: int) -> HorovodWorld:
+        if self.size == size:
+            return self
+        ranks = [self.process_set.ranks[rank] for rank in group_of(self.rank, self.size, size)]
+        known_sets = self.hvd.mpi_ops._basics._get_process_set_ids_and_ranks()
+        for set_id, members in known_sets.items():
+            if list(members) == ranks:
+                known = self.hvd.ProcessSet(ranks)
+                known.process_set_id = set_id
+                return HorovodWorld(known)
+        raise ValueError(f"Horovod has no process set of the ranks {ranks}: start with "
+                         f"hvdnoise.init(group_size={size}), or hvd.init(process_sets=...)")
+
+
+def _storage(tensor: Tensor, out: Tensor | None) -> Tensor:
+    return tensor.new_empty(0) if out is None else out
 
 
 def _wire(tensor: Tensor) -> Tensor:
@@ -186,10 +175,12 @@ def _watchdog(rank: int) -> Watchdog:
     return _watchdogs[os.getpid()]
 
 
-def init(comm: Any = None) -> HorovodWorld:
+def init(comm: Any = None, *, group_size: int | None = None) -> HorovodWorld:
     """Start Horovod, unless it runs already, and return the world of all its ranks.
 
     Args:
+        group_size: make groups of so many consecutive ranks, for the exchange plan "group"; the
+            whole of the ranks must divide into them.
         comm: an mpi4py communicator (COMM_WORLD or a part of it) whose processes become the
             ranks, for programs that use MPI for other things too; default: all processes that
             the launcher started. Every process of ``comm`` must call this, and no other.
@@ -206,39 +197,41 @@ def init(comm: Any = None) -> HorovodWorld:
             raise ValueError(f"Horovod already runs on {hvd.size()} ranks, not on the "
                              f"{comm.Get_size()} of comm: call hvdnoise.init(comm) before "
                              "hvd.init()")
-    elif comm is not None:
-        hvd.init(comm=comm)
     else:
-        if not _launched():  # alone: no MPI runtime to start, so none is asked for
+        size = comm.Get_size() if comm is not None else environment()["size"]
+        groups = [group_of(first, size, group_size) for first in range(0, size, group_size)] \
+            if group_size is not None and 1 < group_size < size else []
+        if comm is None and not launched():  # alone: no MPI runtime to start, none is asked for
             os.environ.setdefault("HOROVOD_CONTROLLER", "gloo")
             os.environ.setdefault("HOROVOD_CPU_OPERATIONS", "gloo")
-        hvd.init()
+        hvd.init(comm=comm, process_sets=[hvd.ProcessSet(ranks) for ranks in groups])
     return HorovodWorld()
 
 
 def shutdown() -> None:
     """End Horovod in this process."""
+    _finish_late()
     _horovod().shutdown()
 
 
-def _launched() -> bool:
-    return any(name in os.environ for name in (
-        "SLURM_STEP_ID", *(names[0] for names in _RANK_VARIABLES.values())))
+_late: list[weakref.WeakMethod[Callable[[], None]]] = []
 
 
-def environment() -> dict[str, int]:
-    """Rank, size, local rank and local size as the launcher tells them, before Horovod starts."""
-    keys = ("rank", "size", "local_rank", "local_size")
-    for names in _RANK_VARIABLES.values():
-        if names[0] in os.environ and names[1] in os.environ:
-            return {key: int(os.environ.get(name, default))
-                    for key, name, default in zip(keys, names, "0101")}
-    if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
-        size = int(os.environ.get("SLURM_NTASKS", "1"))
-        return {"rank": int(os.environ["SLURM_PROCID"]), "size": size,
-                "local_rank": int(os.environ.get("SLURM_LOCALID", "0")),
-                "local_size": int(os.environ.get("SLURM_TASKS_PER_NODE", "1").split("(")[0])}
-    return dict(zip(keys, (0, 1, 0, 1)))
+def before_shutdown(finish: Callable[[], None]) -> None:
+    """Have a bound method called before Horovod ends in this process, unless its object is gone.
+
+    For collectives that nobody waits for any more: the other ranks may still take part in them.
+    """
+    if not _late:
+        atexit.register(_finish_late)  # after Horovod's own, so it is called before
+    _late.append(weakref.WeakMethod(finish))
+
+
+def _finish_late() -> None:
+    while _late:
+        finish = _late.pop()()
+        if finish is not None:
+            finish()
 
 
 def build_report() -> dict[str, Any]:
@@ -267,4 +260,12 @@ def adasum_optimizer(optimizer: torch.optim.Optimizer, **options: Any) -> torch.
     hvd = _horovod()
     given = {key: value for key, value in options.items() if value is not None}
     wrapped: torch.optim.Optimizer = hvd.DistributedOptimizer(optimizer, op=hvd.Adasum, **given)
+    return wrapped
+
+
+def horovod_optimizer(optimizer: torch.optim.Optimizer, named_parameters: Any,
+                      **options: Any) -> torch.optim.Optimizer:
+    """Horovod's own DistributedOptimizer, to compare with."""
+    wrapped: torch.optim.Optimizer = _horovod().DistributedOptimizer(
+        optimizer, named_parameters=named_parameters, **options)
     return wrapped

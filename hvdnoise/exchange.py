@@ -1,55 +1,96 @@
-"""When and how gradients travel: flat buckets, reduced while backward goes on.
+"""When and how gradients travel: flat buckets, exchanged while backward goes on.
 
 The gradient of a parameter is captured when backward has it; a bucket whose parameters are all
-captured leaves at once, by one asynchronous allreduce in place and, for noises that want the
-gradients of all workers, one allgather of this rank's rows beside it. With V workers on this rank
-and weights w_v (all 1, or identity I1 of the noise):
+captured leaves at once, on a journey that its plan describes (`hvdnoise.plans`). With V workers on
+this rank and weights w_v (all 1, or identity I1 of the noise) the result is, for every plan,
 
-    reduced = mean over ranks of (1/V) sum_v w_v g_v        rows[v] = g_v, later d_v = g_v - mean
+    reduced = mean over ranks of (1/V) sum_v w_v g_v        the same bits on every rank
 
-Bytes received per rank and step: allreduce 2(W-1)/W * 4P, allgather on top (W-1) * 4P (W workers
-on as many ranks, 4-byte numbers). Across ranks: ``reduced`` is the same bits everywhere.
-Memory beside the gradients themselves (which live in ``reduced``): V * P for the rows.
+and for noises that want them the deviations or mixtures of this rank's workers, and statistics.
+All of it is there when `finish` returns, but with lag 2 mixtures and statistics, which may be on
+their way until the next step's `finish` returns.
+
+Gathered rows in flight are limited to `hvdnoise.costs.IN_FLIGHT_BYTES`, or one bucket. Memory
+beside the gradients themselves (which live in ``reduced``): V * P for the rows, twice that with
+lag 2, and what is in flight.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hvdnoise.buckets import Bucket, Layout
-from hvdnoise.comm import Handle, World, handshake
+from hvdnoise.comm import Handle, World, before_shutdown, handshake
+from hvdnoise.costs import IN_FLIGHT_BYTES
+from hvdnoise.mixing import Buffers, Wire
+from hvdnoise.observation import Sighting
+from hvdnoise.plans import PLANS, Traveller, into
+from hvdnoise.sparse import SparseGradients
+from hvdnoise.traffic import Traffic, Trip
 
 
 @dataclass(frozen=True)
 class Options:
-    """How the reduction is done: Horovod's arguments of the same names."""
+    """How the reduction is done: Horovod's arguments of the same names, and the plan.
+
+    Attributes:
+        keep_rows: whether each worker's own gradient is wanted beside the mean.
+        row_sets: how many steps' rows are in use at a time.
+        plan, precision: of mixtures (hvdnoise.costs).
+        peers: the ranks among which rows are gathered; default all.
+    """
 
     op: str = "average"
     compression: Any = None
     gradient_predivide_factor: float = 1.0
     sparse_as_dense: bool = False
     keep_rows: bool = False
-    gather_rows: bool = False
+    row_sets: int = 1
+    plan: str = "own"
+    precision: str = "fp32"
+    peers: World | None = None
 
 
 @dataclass
 class _Place:
-    """A bucket with its buffers and what is under way for it."""
+    """A bucket with its buffers and what has been captured of it."""
 
     bucket: Bucket
     reduced: Tensor
     views: list[Tensor]
-    rows: Tensor | None
-    row_views: list[list[Tensor]]
+    rows: list[Tensor]  # (V, N), one a row set
+    row_views: list[list[list[Tensor]]]  # by row set, worker, parameter
     missing: set[int] = field(default_factory=set)  # places not captured yet in this pass
     sparse: dict[int, int] = field(default_factory=dict)  # places whose gradient came sparse: dims
-    reduction: tuple[Handle, Any] | None = None
-    gathering: Handle | None = None
+
+
+class _Reduction:
+    """The allreduce of a bucket, with Horovod's options."""
+
+    def __init__(self, world: World, options: Options, reduced: Tensor, name: str) -> None:
+        self._reduced, self._compression, self._context = reduced, options.compression, None
+        flat = reduced
+        if self._compression is not None:
+            flat, self._context = self._compression.compress(flat)
+        wire = flat.float() if flat.dtype == torch.bfloat16 else flat  # Horovod has no bfloat16
+        average = options.op == "average"
+        factor = options.gradient_predivide_factor
+        self.handle: Handle = world.allreduce_(
+            wire, name=name, op=options.op, prescale=1 / factor if average else 1.0,
+            postscale=factor if average else 1.0)
+
+    def finish(self, result: Tensor) -> None:
+        """Put the result in its place."""
+        if self._compression is not None:
+            result = self._compression.decompress(result, self._context)
+        into(self._reduced, result)
 
 
 class Exchange:
@@ -60,49 +101,117 @@ class Exchange:
         """``sparse``: parameters outside the layout, with their names, that travel sparse;
         ``label``: what the names of the buckets begin with."""
         self.world, self.layout, self.options, self.num_local = world, layout, options, num_local
-        self._label = label
-        self.seconds = 0.0  # waited in the last `finish`
-        self.gathers = True  # whether somebody looks at the gathered rows of this step
+        self.seconds = 0.0  # waited for the last exchange
+        self._waited = 0.0  # and ever, until its end
         self.found_sparse: set[str] = set()  # names that some rank found sparse in the layout
-        self._facts = dict(facts, parameters=layout.digest, sparse=sorted(sparse.values()))
+        self.buffers = Buffers()
+        self._label = label
+        self._peers = options.peers or world
+        self._facts = dict(facts, parameters=layout.digest, sparse=sorted(sparse.values()),
+                           exchange=[options.plan, self._peers.size, options.precision])
         self._places = [self._place(bucket) for bucket in layout.buckets]
         self._where = layout.places()
         self._agreed = False
-        self._sparse = dict(sparse)
-        self._sparse_gradients: dict[str, Tensor] = {}
-        self._sparse_results: dict[Tensor, Tensor] = {}  # what p.grad became
-        self.begin_pass()
+        self._sparse = SparseGradients(world, sparse, op=options.op,
+                                       allowed=num_local == 1 and not options.keep_rows)
+        self._traffic = Traffic(self._buckets_in_flight())
+        self._trips: list[Trip] = []  # of this step
+        self._late: deque[Sighting] = deque()  # of steps that are finished but for the noise
+        self._turn = 0
+        self.begin_step(None)
+        if options.row_sets > 1:
+            before_shutdown(self.flush)
 
     def _place(self, bucket: Bucket) -> _Place:
         reduced = bucket.new()
-        rows = bucket.new(self.num_local) if self.options.keep_rows else None
-        row_views = [bucket.views(row) for row in rows] if rows is not None else []
-        return _Place(bucket, reduced, bucket.views(reduced), rows, row_views)
+        sets = self.options.row_sets if self.options.keep_rows else 0
+        rows = [bucket.new(self.num_local) for _ in range(sets)]
+        return _Place(bucket, reduced, bucket.views(reduced), rows,
+                      [[bucket.views(row) for row in each] for each in rows])
+
+    def _buckets_in_flight(self) -> int:
+        if not self.layout.buckets:
+            return 1
+        largest = max(bucket.size * bucket.dtype.itemsize for bucket in self.layout.buckets)
+        rows = 1 if self.options.plan == "transpose" else self._peers.size
+        return max(1, IN_FLIGHT_BYTES // max(1, largest * rows * self.num_local))
+
+    @property
+    def memory(self) -> int:
+        """Bytes that are held beside the gradients: rows, and the most that was in flight."""
+        return self.buffers.held + sum(row.nbytes for place in self._places for row in place.rows)
 
     @property
     def in_flight(self) -> bool:
-        """Whether a collective was started that nobody has waited for."""
-        return any(place.reduction is not None for place in self._places)
+        """Whether a mean is on its way that nobody has waited for."""
+        return any(trip.started and not trip.has_mean for trip in self._trips)
 
     def reduced(self) -> list[tuple[Bucket, Tensor]]:
         """Every bucket with its reduced gradients (N,), whose parts are the ``p.grad``."""
         return [(place.bucket, place.reduced) for place in self._places]
+
+    # ------------------------------------------------------------------ a step
+
+    def begin_step(self, sighting: Sighting | None) -> None:
+        """A step's gradients are to be captured.
+
+        Args:
+            sighting: what the noise sees of them; None: nothing.
+        """
+        plan = "own"
+        if sighting is not None and sighting.noise.mixes:
+            plan = self.options.plan if self.world.size > 1 else "gather-only"  # from itself
+        if sighting is not None:
+            self._turn = (self._turn + 1) % self.options.row_sets
+        either = plan in ("gather-only", "transpose")  # one of the two is enough
+        self._fills_rows = sighting is not None and not (either and self.num_local == 1)
+        self._fills_reduced = not (either and self._fills_rows)
+        self._trips = self._traffic.plan([PLANS[plan](self._traveller(place, sighting))
+                                          for place in self._places],
+                                         hold=self.options.row_sets > 1)
+        if sighting is not None:
+            sighting.settlers.append(partial(self._traffic.settle, self._trips))
+        self._sighting = sighting
+        self.begin_pass()
+
+    def _traveller(self, place: _Place, sighting: Sighting | None) -> Traveller:
+        rows = place.rows[self._turn] if sighting is not None else None
+        name = f"{self._label}.{place.bucket.index}"
+        if sighting is not None:
+            sighting.keep(place.bucket, rows)
+        return Traveller(
+            place.bucket, f"{name}.{self._turn}", place.reduced, rows,
+            lambda: _Reduction(self.world, self.options, place.reduced, name), self.world,
+            self._peers, Wire(self.options.precision, place.bucket.dtype), self.buffers, sighting,
+            late=self.options.row_sets > 1)
 
     def begin_pass(self) -> None:
         """Every parameter is to be captured again."""
         for place in self._places:
             place.missing = set(range(len(place.bucket.parameters)))
 
+    def flush(self) -> None:
+        """See what is late to its end: this rank's leaving must not cut it off for the others.
+
+        It cannot end when another rank has failed: so for ten seconds at most.
+        """
+        until = time.monotonic() + 10
+        while time.monotonic() < until and not (self._traffic.quiet()
+                                                and all(late.done() for late in self._late)):
+            time.sleep(0.001)
+
+    # ------------------------------------------------------------------ gradients
+
     def owns_gradient(self, p: Tensor) -> bool:
         """Whether ``p.grad`` is this exchange's storage, so the result of an earlier step."""
         if p.grad is None or p.grad.is_sparse or p not in self._where:
-            return p.grad is not None and p.grad is self._sparse_results.get(p)
+            return self._sparse.own(p)
         index, t = self._where[p]
         return p.grad.data_ptr() == self._places[index].views[t].data_ptr()
 
     def zeroed(self, but: Tensor) -> bool:
         """Whether all results of an earlier step, ``but`` one parameter's, are zero by now."""
-        results = [p.grad for p in [*self._where, *self._sparse]
+        results = [p.grad for p in [*self._where, *self._sparse.names]
                    if p.grad is not None and p is not but and self.owns_gradient(p)]
         return bool(results) and not any(grad.to_dense().any() for grad in results)
 
@@ -112,19 +221,25 @@ class Exchange:
         With ``leave`` the bucket leaves once it is complete, and ``p.grad`` becomes the place
         where the result will be; otherwise ``p.grad`` is emptied for the next worker.
         """
-        if p in self._sparse:
-            self._keep_sparse(p, self._sparse[p])
+        if p in self._sparse.names:
+            self._sparse.keep(p, self._sparse.names[p])
             return
         index, t = self._where[p]
         place = self._places[index]
         place.missing.discard(t)
         view = place.views[t]
         grad = self._dense_gradient(p, place, t)
-        if place.rows is not None:
-            place.row_views[worker][t].copy_(grad) if grad is not None else \
-                place.row_views[worker][t].zero_()
-        factor = weight / self.num_local
-        if worker > 0:
+        if self._fills_rows:
+            row = place.row_views[self._turn][worker][t]
+            row.copy_(grad) if grad is not None else row.zero_()
+        if self._fills_reduced:
+            self._add_up(view, grad, weight / self.num_local, first=worker == 0)
+        p.grad = view if leave else None
+        if leave and not place.missing:
+            self._traffic.leave(self._trips[index])
+
+    def _add_up(self, view: Tensor, grad: Tensor | None, factor: float, *, first: bool) -> None:
+        if not first:
             if grad is not None:
                 view.add_(grad, alpha=factor)
         elif grad is None:
@@ -134,9 +249,6 @@ class Exchange:
                 view.copy_(grad)
             if factor != 1:
                 view.mul_(factor)
-        p.grad = view if leave else None
-        if leave and not place.missing:
-            self._leave(place)
 
     def _dense_gradient(self, p: Tensor, place: _Place, t: int) -> Tensor | None:
         """``p.grad`` as a dense tensor; None where it is missing or travels as a sparse one."""
@@ -146,93 +258,39 @@ class Exchange:
         if self.options.sparse_as_dense:
             place.sparse[t] = grad.sparse_dim()
             return grad.detach().to_dense()
-        self._keep_sparse(p, place.bucket.names[t])
+        self._sparse.keep(p, place.bucket.names[t])
         return None
 
-    def _keep_sparse(self, p: Tensor, name: str) -> None:
-        plain = self.num_local == 1 and not self.options.keep_rows
-        if not plain or self.options.op not in ("average", "sum"):
-            raise ValueError(f"the gradient of {name} is sparse: pass sparse_as_dense=True, which "
-                             "noise, virtual workers and reductions other than a mean or sum need")
-        if p.grad is not None:
-            self._sparse_gradients[name] = p.grad.detach()
-
-    def _leave(self, place: _Place) -> None:
-        name = f"{self._label}.{place.bucket.index}"
-        if self.options.gather_rows and self.gathers:
-            assert place.rows is not None
-            place.gathering = self.world.allgather(place.rows, name=f"{name}.rows")
-        flat, context = place.reduced, None
-        if self.options.compression is not None:
-            flat, context = self.options.compression.compress(flat)
-        wire = flat.float() if flat.dtype == torch.bfloat16 else flat  # Horovod has no bfloat16
-        average = self.options.op == "average"
-        factor = self.options.gradient_predivide_factor
-        handle = self.world.allreduce_(wire, name=name, op=self.options.op,
-                                       prescale=1 / factor if average else 1.0,
-                                       postscale=factor if average else 1.0)
-        place.reduction = handle, context
-
-    def finish(self, receive: Callable[[Bucket, Tensor, Tensor | None, Tensor | None], None]
-               ) -> None:
-        """Wait for every bucket, in the order of leaving, and hand each one on.
-
-        Args:
-            receive: called with (bucket, reduced (N,), rows (V, N) or None, gathered rows of all
-                workers (W, N) or None) once a bucket is complete.
+    def finish(self) -> None:
+        """Wait for the mean of every bucket, in the order of leaving.
 
         Raises:
             ValueError: the first time, on all ranks, when they exchange different parameters.
         """
         started = time.perf_counter()
         self._agree()
-        self.seconds = time.perf_counter() - started
-        for place in self._places:
-            started = time.perf_counter()
-            assert place.reduction is not None
-            handle, context = place.reduction
-            result = handle.wait()
-            gathered = place.gathering.wait() if place.gathering is not None else None
-            self.seconds += time.perf_counter() - started
-            place.reduction = place.gathering = None
-            if self.options.compression is not None:
-                result = self.options.compression.decompress(result, context)
-            if result.data_ptr() != place.reduced.data_ptr():
-                place.reduced.copy_(result)
+        self._traffic.seconds += time.perf_counter() - started
+        for place, trip in zip(self._places, self._trips):
+            self._traffic.until_mean(trip)
             for t, (p, view) in enumerate(zip(place.bucket.parameters, place.views)):
                 p.grad = view
                 if t in place.sparse:
-                    p.grad = self._sparse_results[p] = view.to_sparse(place.sparse[t])
-            receive(place.bucket, place.reduced, place.rows, gathered)
-        self._reduce_sparse()
-        self.begin_pass()
+                    p.grad = self._sparse.remember(p, view.to_sparse(place.sparse[t]))
+        self._sparse.reduce()
+        if self._sighting is not None:
+            self._sighting.share(self.world, self.layout, f"{self._label}.seen.{self._turn}")
+            self._late.append(self._sighting)
+        self._traffic.release(self._trips)
+        if len(self._late) == self.options.row_sets:  # the next step but one takes its rows
+            self._late.popleft().settle()
+        self.seconds, self._waited = self._traffic.seconds - self._waited, self._traffic.seconds
 
     def _agree(self) -> None:
         """Once a layout: all ranks exchange the same thing, and know what travels sparse."""
         if self._agreed:
             return
         handshake(self.world, self._facts, name="hvdnoise.facts")
-        found = self.world.gather_json(sorted(self._sparse_gradients), name="hvdnoise.sparse")
-        self.found_sparse = {name for names in found for name in names}
-        self._sparse.update({p: name for bucket in self.layout.buckets
-                             for name, p in zip(bucket.names, bucket.parameters)
-                             if name in self.found_sparse})
+        self.found_sparse = self._sparse.agree(
+            {name: p for bucket in self.layout.buckets
+             for name, p in zip(bucket.names, bucket.parameters)})
         self._agreed = True
-
-    def _reduce_sparse(self) -> None:
-        """Allgather the sparse gradients: every rank takes part, with nothing where it has none."""
-        unknown = set(self._sparse_gradients) - set(self._sparse.values())
-        if unknown:
-            raise RuntimeError(f"the gradient of {min(unknown)} turned sparse after the first "
-                               "step: pass sparse_as_dense=True")
-        for p, name in sorted(self._sparse.items(), key=lambda item: item[1]):
-            mine = self._sparse_gradients.pop(name, None)  # entry by entry, as Horovod: no coalesce
-            indices_KI = mine._indices().t().contiguous() if mine is not None else \
-                torch.zeros(0, 1, dtype=torch.int64, device=p.device)
-            values_K = mine._values() if mine is not None else p.new_zeros(0, *p.shape[1:])
-            indices_KI = self.world.allgather(indices_KI, name=f"hvdnoise.{name}.indices").wait()
-            values_K = self.world.allgather(values_K, name=f"hvdnoise.{name}.values").wait()
-            if self.options.op == "average":
-                values_K = values_K / self.world.size
-            p.grad = self._sparse_results[p] = torch.sparse_coo_tensor(
-                indices_KI.t(), values_K, p.shape, check_invariants=False)

@@ -17,6 +17,7 @@ counts as zero there; on all ranks, it gets a gradient of zeros (as Horovod does
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
 from typing import Any, Callable, Iterable, Iterator
 
@@ -26,6 +27,7 @@ from torch import Tensor
 from hvdnoise import comm
 from hvdnoise.applied import AppliedNoise, Measured
 from hvdnoise.buckets import default_bucket_bytes
+from hvdnoise.costs import Plan, Shape, choose
 from hvdnoise.displacement import ModelWatch
 from hvdnoise.exchange import Options
 from hvdnoise.noise.base import Noise
@@ -37,9 +39,9 @@ class _DistributedOptimizer(Wrapper):
     """What `DistributedOptimizer` returns; the actual class also inherits the wrapped one."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, applied: AppliedNoise, options: Options,
-                 **layout: Any) -> None:
+                 plan: Plan, **layout: Any) -> None:
         super().__init__(optimizer)
-        self.applied = applied
+        self.applied, self._plan = applied, plan
         self._should_synchronize = True
         world, noise = applied.world, applied.noise
         self._passes: Passes | None = None  # None: nothing to exchange, nothing is hooked
@@ -109,6 +111,23 @@ class _DistributedOptimizer(Wrapper):
         """Seconds that this rank waited for the last exchange."""
         exchange = self._passes.exchange if self._passes is not None else None
         return exchange.seconds if exchange is not None else 0.0
+
+    @property
+    def exchange_plan(self) -> str:
+        """How the gradients and the noise travel: one of `hvdnoise.costs.PLANS`."""
+        return self._plan.name
+
+    @property
+    def exchange_reason(self) -> str:
+        """Why this plan was taken, in words."""
+        return self._plan.reason
+
+    @property
+    def noise_memory(self) -> int:
+        """Bytes that this rank holds for the noise: rows, displaced weights, and the most that was
+        in flight at a time."""
+        exchange = self._passes.exchange if self._passes is not None else None
+        return self.applied.memory + (exchange.memory if exchange is not None else 0)
 
     # ------------------------------------------------------------------ the step
 
@@ -243,9 +262,9 @@ class _DistributedOptimizer(Wrapper):
     def _two_pass_step(self, closure: Callable[[], Any]) -> Any:
         noise, watch = self.noise, self.applied.watch
         assert noise is not None and watch is not None
-        noise.forget()
+        self.applied.history.forget()
         closure()
-        self.applied.commit()
+        self.applied.history.commit()
         statistics = watch.normalization_statistics()
         self.applied.observing = False
         try:
@@ -276,7 +295,9 @@ class _DistributedOptimizer(Wrapper):
         own = state.pop("hvdnoise", None)
         self._begin_step()
         self._optimizer.load_state_dict(state)
-        self.applied.load_state_dict(own)
+        if self._passes is not None:
+            self._passes.prepare()
+            self.applied.load_state_dict(own, self._passes.layout)
 
 
 def DistributedOptimizer(
@@ -286,7 +307,8 @@ def DistributedOptimizer(
         gradient_predivide_factor: float = 1.0, num_groups: int = 0,
         groups: int | list[list[Tensor]] | None = None, sparse_as_dense: bool = False,
         process_set: Any = None, *, noise: Noise | None = None, virtual_workers: int = 1,
-        bucket_bytes: int | None = None, world: comm.World | None = None) -> Any:
+        exchange: str = "auto", noise_precision: str = "fp32", bucket_bytes: int | None = None,
+        world: comm.World | None = None) -> Any:
     """Wrap an optimizer so that it averages gradients over the ranks, with structured noise.
 
     The first ten arguments are those of ``hvd.DistributedOptimizer`` of Horovod 0.28.1, with the
@@ -307,8 +329,16 @@ def DistributedOptimizer(
         noise: `GNC`, `CovarianceNoise` or None. It needs ``op=Average``.
         virtual_workers: V workers on this rank, each with backward passes and a mean loss of its
             own; the gradient is the mean over all W = ranks * V workers.
-        bucket_bytes: limit of a bucket; default 25 MiB or HOROVOD_FUSION_THRESHOLD where that is
-            smaller; 0: each parameter travels alone, in Horovod's order of additions.
+        exchange: the plan by which noise that mixes all workers' deviations travels: "auto" (the
+            fewest bytes), "allgather", "gather-only", "transpose", "group" (allgather among the
+            ranks of a host) or "group:K" (among K consecutive ranks; it changes the noise's law,
+            see hvdnoise.noise.gnc); "own" for what needs nothing from other workers. The same on
+            all ranks.
+        noise_precision: of deviations and mixtures on the wire: "fp32" (as the gradients are),
+            "bf16" or "fp16". The gradients themselves always travel in full.
+        bucket_bytes: limit of a bucket; default a quarter of the parameters, from 1 to 25 MiB,
+            or HOROVOD_FUSION_THRESHOLD where that is smaller; 0: each parameter travels alone, in
+            Horovod's order of additions.
         world: the ranks, in place of Horovod's (tests).
 
     Raises:
@@ -319,7 +349,9 @@ def DistributedOptimizer(
         raise ValueError("the optimizer is a DistributedOptimizer already: wrap the plain one")
     reduction = op if isinstance(op, str) else comm.op_name(op)
     groups = groups if groups is not None else num_groups or None
-    limit = default_bucket_bytes() if bucket_bytes is None else bucket_bytes
+    parameters = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
+    limit = default_bucket_bytes(sum(p.nbytes for p in parameters)) if bucket_bytes is None \
+        else bucket_bytes
     check_arguments(backward_passes_per_step=backward_passes_per_step, op=reduction,
                     gradient_predivide_factor=gradient_predivide_factor, groups=groups,
                     virtual_workers=virtual_workers, bucket_bytes=limit, noise=noise)
@@ -334,10 +366,21 @@ def DistributedOptimizer(
         raise ValueError(f"{type(noise).__name__} needs deviations between at least "
                          f"{noise.min_workers} workers and there is {num_workers}: start more "
                          "ranks, or pass virtual_workers=2 or more and as many backward passes")
+    if getattr(compression, "__name__", None) == "NoneCompressor":
+        compression = None
+    shape = Shape(sum(p.numel() for p in parameters), max(1, world.size), virtual_workers,
+                  max((p.dtype.itemsize for p in parameters), default=4), noise_precision)
+    mixes = noise is not None and noise.mixes
+    plan = choose(exchange, shape, mixes=mixes, local_size=world.local_size,
+                  plain_mean=compression is None and gradient_predivide_factor == 1.0)
+    if mixes and world.rank == 0:
+        logging.getLogger("hvdnoise").info("exchange plan %s: %s", plan.name, plan.reason)
     options = Options(op=reduction, compression=compression, sparse_as_dense=sparse_as_dense,
                       gradient_predivide_factor=gradient_predivide_factor,
-                      keep_rows=noise is not None and (noise.needs_rows or noise.needs_gathered),
-                      gather_rows=noise is not None and noise.needs_gathered)
+                      keep_rows=noise is not None and noise.looks,
+                      row_sets=max(1, noise.lag) if noise is not None else 1, plan=plan.name,
+                      precision=noise_precision,
+                      peers=world.group(plan.group_size) if plan.name == "group" else None)
     applied = AppliedNoise(noise, world, virtual_workers)
-    return wrap(_DistributedOptimizer, optimizer, applied, options, names=names,
+    return wrap(_DistributedOptimizer, optimizer, applied, options, plan, names=names,
                 per_worker=backward_passes_per_step, bucket_bytes=limit, bucket_groups=groups)

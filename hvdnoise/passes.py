@@ -87,8 +87,7 @@ class Passes:
                 p.register_post_accumulate_grad_hook(_gradient_hook(self))
         if self.applied.watch is not None:
             self.applied.watch.watch(parameters)
-        if self._layout is not None and self.applied.noise is not None:
-            self.applied.noise.forget()  # it observed another layout
+        self.applied.history.forget()  # it saw another layout
         order = {p: place for place, p in enumerate(self._names)}  # of registration, if named
         dense.sort(key=order.__getitem__)
         self._layout = build_layout([(self._names[p], p) for p in dense],
@@ -127,7 +126,7 @@ class Passes:
                                        "in this step")
                 for p in self.parameters():
                     p.grad = None
-            exchange.begin_pass()
+            exchange.begin_step(self.applied.look())
         if self.done < self.total - self.per_worker:
             raise RuntimeError(f"{self.done} of {self.total} backward passes were made: each of "
                                f"the {self.applied.virtual_workers} virtual workers needs "
@@ -161,8 +160,7 @@ class Passes:
                 self.applied.begin_step()
             if self.done == 0:
                 self.prepare()
-                self.current_exchange().begin_pass()
-                self.current_exchange().gathers = self.applied.observing
+                self.current_exchange().begin_step(self.applied.look())
         closing = partial(self._close_pass)
         self._closing = weakref.ref(closing, self._drop_pass)
         engine = torch.autograd.Variable._execution_engine

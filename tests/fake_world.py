@@ -8,8 +8,10 @@
 What differs from Horovod, on purpose:
 
 - Reductions go in rank order, so all ranks get the same bits, run after run.
-- An in-place collective fills its floating-point tensor with NaN until `wait`: who reads the
-  result too early, or never waits, sees it every time and not once in a hundred.
+- A collective fills its floating-point target (in place, or ``out``) with NaN until `wait`: who
+  reads the result too early, or never waits, sees it every time and not once in a hundred.
+- What is sent from elsewhere is read when the last rank arrives: who writes to it while it is on
+  its way sends wrong numbers.
 - A name may be used again only after the earlier collective of that name was waited for.
 - A rank that does not come is named after ``timeout`` seconds; one that raised or returned ends
   the waits of the others at once.
@@ -23,12 +25,12 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass, field
-from typing import Any, Callable, TypeVar
+from typing import Any, Callable, Sequence, TypeVar
 
 import torch
 from torch import Tensor
 
-from hvdnoise.comm import Finished, Handle, World
+from hvdnoise.comm import Finished, Handle, World, group_of
 
 Result = TypeVar("Result")
 REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -46,7 +48,8 @@ class _Collective:
 
     asked: dict[int, tuple[Any, ...]] = field(default_factory=dict)   # must agree
     tensors: dict[int, Tensor] = field(default_factory=dict)
-    result: Tensor | None = None
+    splits: dict[int, tuple[int, ...]] = field(default_factory=dict)  # of an alltoall
+    results: dict[int, Tensor] = field(default_factory=dict)
     error: str | None = None
     waited: int = 0
 
@@ -59,6 +62,12 @@ class Meeting:
         self._changed = threading.Condition()
         self._collectives: dict[tuple[str, int], _Collective] = {}
         self._gone: dict[int, BaseException | None] = {}  # rank -> what it raised, if it did
+        self._groups: dict[tuple[int, int], Meeting] = {}
+
+    def group(self, first: int, size: int) -> Meeting:
+        """The meeting of the ranks from ``first`` on, the same for all of them."""
+        with self._changed:
+            return self._groups.setdefault((first, size), Meeting(size, self.timeout))
 
     def leave(self, rank: int, error: BaseException | None) -> None:
         with self._changed:
@@ -66,10 +75,11 @@ class Meeting:
             self._changed.notify_all()
 
     def arrive(self, key: tuple[str, int], rank: int, asked: tuple[Any, ...],
-               tensor: Tensor) -> None:
+               tensor: Tensor, splits: tuple[int, ...] = ()) -> None:
         with self._changed:
             collective = self._collectives.setdefault(key, _Collective())
             collective.asked[rank], collective.tensors[rank] = asked, tensor
+            collective.splits[rank] = splits
             if len(collective.asked) == self.size:
                 _finish(collective, key[0])
                 self._changed.notify_all()
@@ -79,8 +89,8 @@ class Meeting:
             return (key not in self._collectives
                     or len(self._collectives[key].asked) == self.size)
 
-    def wait(self, key: tuple[str, int]) -> Tensor:
-        """The result, shared by all ranks: copy it before writing to it. Once for each rank."""
+    def wait(self, key: tuple[str, int], rank: int) -> Tensor:
+        """A rank's result, which may be shared: copy it before writing. Once for each rank."""
         with self._changed:
             collective = self._collectives[key]
 
@@ -96,8 +106,7 @@ class Meeting:
                 del self._collectives[key]
         if collective.error is not None:
             raise RuntimeError(collective.error)
-        assert collective.result is not None
-        return collective.result
+        return collective.results[rank]
 
     def _missing(self, name: str, missing: set[int]) -> Exception:
         for rank in sorted(missing & set(self._gone)):
@@ -116,12 +125,16 @@ def _finish(collective: _Collective, name: str) -> None:
         return
     tensors = [collective.tensors[rank] for rank in sorted(collective.tensors)]
     kind, *options = asked[0]
-    if kind == "allreduce":
-        collective.result = _reduce(tensors, *options[:3])
+    ranks = range(len(tensors))
+    if kind == "alltoall":
+        parts = [tensors[rank].split(collective.splits[rank]) for rank in ranks]
+        collective.results = {rank: torch.cat([part[rank] for part in parts]) for rank in ranks}
+    elif kind == "allreduce":
+        collective.results = dict.fromkeys(ranks, _reduce(tensors, *options[:3]))
     elif kind == "allgather":
-        collective.result = torch.cat(tensors)
+        collective.results = dict.fromkeys(ranks, torch.cat(tensors))
     else:
-        collective.result = tensors[options[0]]
+        collective.results = dict.fromkeys(ranks, tensors[options[0]])
     collective.tensors.clear()
 
 
@@ -140,7 +153,7 @@ class _ThreadHandle:
         self._world, self._key, self._target = world, key, target
 
     def wait(self) -> Tensor:
-        result = self._world.meeting.wait(self._key)
+        result = self._world.meeting.wait(self._key, self._world.rank)
         self._world.in_flight.discard(self._key[0])
         if self._target is None:
             return result.clone()
@@ -166,18 +179,29 @@ class ThreadWorld(World):
         if op not in REDUCTIONS:
             raise ValueError(f"op={op!r}: one of {', '.join(REDUCTIONS)}")
         asked = ("allreduce", op, prescale, postscale, tuple(tensor.shape), tensor.dtype)
-        return self._start(asked, tensor, name, in_place=True)
+        return self._start(asked, tensor, name, tensor)
 
-    def allgather(self, tensor: Tensor, *, name: str) -> Handle:
+    def allgather(self, tensor: Tensor, *, name: str, out: Tensor | None = None) -> Handle:
         asked = ("allgather", tuple(tensor.shape[1:]), tensor.dtype)
-        return self._start(asked, tensor, name, in_place=False)
+        return self._start(asked, tensor, name, out)
+
+    def alltoall(self, tensor: Tensor, splits: Sequence[int], *, name: str,
+                 out: Tensor | None = None) -> Handle:
+        if len(splits) != self.size or sum(splits) != len(tensor):
+            raise ValueError(f"splits={splits} of {len(tensor)} entries among {self.size} ranks")
+        asked = ("alltoall", tuple(tensor.shape[1:]), tensor.dtype)
+        return self._start(asked, tensor, name, out, tuple(splits))
 
     def broadcast_(self, tensor: Tensor, *, root: int, name: str) -> Handle:
         asked = ("broadcast", root, tuple(tensor.shape), tensor.dtype)
-        return self._start(asked, tensor, name, in_place=True)
+        return self._start(asked, tensor, name, tensor)
 
-    def _start(self, asked: tuple[Any, ...], tensor: Tensor, name: str,
-               in_place: bool) -> Handle:
+    def group(self, size: int) -> ThreadWorld:
+        ranks = group_of(self.rank, self.size, size)
+        return ThreadWorld(self.meeting.group(ranks.start, size), self.rank - ranks.start)
+
+    def _start(self, asked: tuple[Any, ...], tensor: Tensor, name: str, target: Tensor | None,
+               splits: tuple[int, ...] = ()) -> Handle:
         if self.size == 1:
             return Finished(tensor)
         if name in self.in_flight:
@@ -186,11 +210,13 @@ class ThreadWorld(World):
         self.in_flight.add(name)
         self._uses[name] = self._uses.get(name, 0) + 1
         key = (name, self._uses[name])
-        copy = tensor.detach().clone()
-        if in_place and tensor.is_floating_point():
-            tensor.detach().fill_(float("nan"))
-        self.meeting.arrive(key, self.rank, asked, copy)
-        return _ThreadHandle(self, key, tensor if in_place else None)
+        sent = tensor.detach()
+        if target is tensor:
+            sent = sent.clone()
+        if target is not None and target.is_floating_point():
+            target.detach().fill_(float("nan"))
+        self.meeting.arrive(key, self.rank, asked, sent, splits)
+        return _ThreadHandle(self, key, target)
 
 
 def run_threads(size: int, work: Callable[[ThreadWorld], Result], *, timeout: float = 60,

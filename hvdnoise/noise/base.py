@@ -1,22 +1,25 @@
 """What a noise is: where it acts, what it needs to know, and what it computes from that.
 
 The optimizer calls a noise in the order of a step. Everything it gets is a tensor or a number and
-everything it returns is; it never sees a parameter, a model or a collective:
+everything it returns is; it never sees a parameter, a model or a collective, and keeps nothing of
+a step:
 
 1. `worker_weights` or `example_weights`, before the reduction (noises on those weights);
-2. `observe`, when a bucket's mean gradient is known: the noise may return statistics, which the
-   optimizer sums over all ranks and hands back to `receive`;
-3. `mean_noise`, added to the mean gradient (noises on the mean);
-4. `commit`, when the step was taken: what was observed counts from now on;
-5. `displace`, before the next forward (noises on the weights).
+2. `observe`, when mean gradients are known, on parts of a bucket: statistics of the deviations;
+3. `mixing_weights`, for noises that displace by mixtures of all workers' deviations;
+4. `mean_noise`, added to the mean gradient (noises on the mean);
+5. `displace`, before a forward `lag` steps later (noises on the weights).
 
-A noise implements the calls that its `acts_on` names and inherits the rest. Its random numbers
-come from `hvdnoise.streams`, keyed by its seed, the step and, where ranks must differ, the worker.
+What 2 and 3 give is summed and mixed by the exchange, whatever way the gradients travel, and comes
+back as an `Observation`. A noise implements the calls that its `acts_on` names and inherits the
+rest. Its random numbers come from `hvdnoise.streams`, keyed by its seed, the step and, where ranks
+must differ, the worker.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from typing import Any, Callable, ClassVar, Literal, Sequence
 
@@ -38,12 +41,23 @@ class Situation:
     examples_per_worker: int  # b; 0 where it is not known
 
 
+@dataclass
+class Observation:
+    """What one step showed of the workers' deviations, by bucket."""
+
+    sizes: dict[int, int]  # numbers in the bucket
+    rows: dict[int, Tensor]  # (V, N): what `displaces_by` names, of this rank's workers
+    statistics: dict[int, Tensor]  # what `observe` returned, summed over all workers; on the CPU
+
+
 class Noise:
     """A structured gradient noise. ``seed`` is shared by all ranks."""
 
     acts_on: ClassVar[Literal["weights", "workers", "examples", "mean"]]
-    needs_rows: bool = False  # keep each worker's own gradient until the mean is known
-    needs_gathered: bool = False  # the rows of all workers on every rank
+    # whether `observe` wants the deviations
+    observes: bool = False
+    # what `displace` needs of the workers' deviations: each one's own, or a mixture of all
+    displaces_by: Literal["deviations", "mixtures"] | None = None
     lag: int = 1
     min_workers: int = 1
 
@@ -53,9 +67,14 @@ class Noise:
         self.seed = seed
 
     @property
-    def ready(self) -> bool:
-        """Whether `displace` has something to displace by."""
-        return False
+    def looks(self) -> bool:
+        """Whether it wants anything of a step's deviations."""
+        return self.observes or self.displaces_by is not None
+
+    @property
+    def mixes(self) -> bool:
+        """Whether it needs mixtures of all workers' deviations."""
+        return self.displaces_by == "mixtures"
 
     def describe(self) -> dict[str, Any]:
         """What must be equal on all ranks."""
@@ -73,51 +92,42 @@ class Noise:
         """
         raise AssertionError(f"{type(self).__name__} does not weigh examples")
 
-    def begin(self) -> None:
-        """The buckets of a step are about to be observed."""
+    def observe(self, bucket: Bucket, start: int, deviations_Kn: Tensor, now: Situation) -> Tensor:
+        """Statistics of a part of the deviations, float64 on their device.
 
-    def observe(self, bucket: Bucket, deviations_VN: Tensor, gathered_WN: Tensor | None,
-                now: Situation) -> Tensor | None:
-        """Take in a bucket; may keep and overwrite ``deviations_VN`` until the next step.
+        What it returns is added up over all parts of a bucket and all workers, so it must be
+        additive in both, and of the same shape for every part.
 
         Args:
-            deviations_VN: d_i of this rank's workers; the caller's storage.
-            gathered_WN: the gradients g_j of all workers, when `needs_gathered`; not kept.
-
-        Returns:
-            Statistics to sum over all ranks (float64, on the CPU), or None.
+            start: the part is ``[start, start + n)`` of the bucket.
+            deviations_Kn: d_i of K of the workers there; not to be changed or kept.
         """
+        raise AssertionError(f"{type(self).__name__} does not observe")
 
-    def receive(self, bucket: Bucket, statistics: Tensor) -> None:
-        """Take in the sum over all ranks of what `observe` returned."""
+    def mixing_weights(self, workers: Sequence[int], peers: Sequence[int], now: Situation
+                       ) -> Tensor:
+        """(workers, peers) float64: worker i's mixture is sum_j weights[i, j] d_j over its peers.
 
-    def mean_noise(self, bucket: Bucket, now: Situation) -> Tensor:
+        Each row adds up to 0, so that gradients serve as deviations. The same on all ranks for
+        the same workers.
+        """
+        raise AssertionError(f"{type(self).__name__} does not mix")
+
+    def mean_noise(self, bucket: Bucket, seen: Observation, now: Situation) -> Tensor:
         """(N,): what is added to the mean gradient; the same bits on every rank."""
         raise AssertionError(f"{type(self).__name__} does not act on the mean")
 
-    def commit(self) -> None:
-        """The step whose gradients were observed has been taken."""
-
-    def forget(self) -> None:
-        """Drop what was observed: the next step is as the first."""
-
     def displace(self, bucket: Bucket, v: int, clean: Sequence[Tensor], out: Sequence[Tensor],
-                 learning_rates: Sequence[float], now: Situation) -> None:
+                 learning_rates: Sequence[float], seen: Observation, now: Situation) -> None:
         """Write the displaced weights of this rank's worker number ``v`` into ``out``.
 
         Args:
             clean: the weights, one tensor a parameter of the bucket; not to be changed.
             out: tensors of the same shapes.
             learning_rates: of the parameters, for the step under way.
+            seen: of the step `lag` steps before.
         """
         raise AssertionError(f"{type(self).__name__} does not act on the weights")
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a bitwise resumption needs beside the step: tensors, numbers and text only."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
 
 
 def at_step(schedule: Schedule, step: int) -> float:
@@ -136,9 +146,20 @@ def check_scale(name: str, value: Schedule) -> Schedule:
     return value
 
 
-def square_norms(rows_VN: Tensor, bucket: Bucket) -> Tensor:
-    """(T,) float64 on the CPU: for each parameter the sum over the rows of its squared norm."""
-    dtype = torch.promote_types(rows_VN.dtype, torch.float32)
-    parts = [torch.linalg.vector_norm(rows_VN[:, start:start + size], dtype=dtype)
-             for start, size in zip(bucket.starts, bucket.sizes)]
-    return torch.stack(parts).double().square().cpu()
+def square_norm(part: Tensor) -> Tensor:
+    """(1,) float64: the sum of the squares."""
+    dtype = torch.promote_types(part.dtype, torch.float32)
+    return torch.linalg.vector_norm(part, dtype=dtype).double().square().reshape(1)
+
+
+def square_norms(part_Kn: Tensor, bucket: Bucket, start: int) -> Tensor:
+    """(T,) float64: for each parameter of the bucket the sum of squares that the part holds."""
+    squares = torch.zeros(len(bucket.sizes), dtype=torch.float64, device=part_Kn.device)
+    stop = start + part_Kn.shape[1]
+    first = bisect_right(bucket.starts, start) - 1
+    for t in range(first, bisect_left(bucket.starts, stop)):
+        low = max(bucket.starts[t], start) - start
+        high = min(bucket.starts[t] + bucket.sizes[t], stop) - start
+        if high > low:
+            squares[t] = square_norm(part_Kn[:, low:high])[0]
+    return squares

@@ -16,8 +16,18 @@ batch (lag 0), and W workers:
 
 For the random sources the root mean square is the expected one, so that their law given the
 deviations stays exactly normal. Where it acts: the weights of a worker, before forward; ranks
-differ on purpose. Bytes on the wire per step: own and isotropic none beside 8 per parameter
-tensor; gathered (W-1)*4P received. Memory: V rows of P, and P for the displaced weights.
+differ on purpose. Lag 2 takes the deviations of two steps before, so that their exchange has a
+whole step's time. Bytes on the wire per step: own and isotropic none but 8 per bucket (relative:
+per parameter tensor); gathered: as the plan of the exchange says (hvdnoise.costs). The plan does
+not change the law, but for these:
+
+    group       sum over the k V workers of the rank's group alone, 1/sqrt(kV-1) for 1/sqrt(W-1),
+                d_j from the group's mean: delta_i ~ N(0, s^2 D_g'D_g/(kV-1)), the same in the mean
+                over independent batches; s from the deviations of all
+    16 bits     each number of what is sent, d_j (allgather, group) or delta_i (transpose), is off
+                by 2^-8 of itself at most in bf16, by 2^-11 (or 2^-39 of its row's largest) in fp16
+
+Memory: V rows of P (each step of lag), and P for the displaced weights.
 
 Idea: Haruki et al. 2019, arXiv:1906.10822. Formulas: derived for this project.
 """
@@ -25,14 +35,23 @@ Idea: Haruki et al. 2019, arXiv:1906.10822. Formulas: derived for this project.
 from __future__ import annotations
 
 import math
-from typing import Any, Sequence
+from typing import Sequence
 
 import torch
 from torch import Tensor
 
 from hvdnoise import streams
 from hvdnoise.buckets import Bucket
-from hvdnoise.noise.base import Noise, Schedule, Situation, at_step, check_scale, square_norms
+from hvdnoise.noise.base import (
+    Noise,
+    Observation,
+    Schedule,
+    Situation,
+    at_step,
+    check_scale,
+    square_norm,
+    square_norms,
+)
 
 SOURCES = ("own", "gathered", "isotropic")
 
@@ -45,7 +64,8 @@ class GNC(Noise):
             the step (0 for the first), in the units of the weights (radius), of one SGD step
             (lr), of the weights' own norm (relative).
         source: "own", "gathered" or "isotropic".
-        lag: 1, deviations of the step before at no extra pass; 0, of a first pass over the same
+        lag: 1, deviations of the step before at no extra pass; 2, of the one before that, whose
+            exchange is hidden behind a step's computation; 0, of a first pass over the same
             batch, at the price of a second: then the optimizer needs step(closure).
         seed: of the private streams; the same on all ranks.
 
@@ -54,7 +74,6 @@ class GNC(Noise):
     """
 
     acts_on = "weights"
-    needs_rows = True
     min_workers = 2
 
     def __init__(self, radius: Schedule | None = None, *, lr: Schedule | None = None,
@@ -68,98 +87,63 @@ class GNC(Noise):
                              "radius=, lr= and relative=")
         if source not in SOURCES:
             raise ValueError(f"source={source!r} must be one of {', '.join(SOURCES)}")
-        if lag not in (0, 1):
-            raise ValueError(f"lag={lag!r} must be 0 or 1")
+        if lag not in (0, 1, 2):
+            raise ValueError(f"lag={lag!r} must be 0, 1 or 2")
         ((self.scale, value),) = given.items()
         self.size = check_scale(self.scale, value)
         self.source, self.lag = source, lag
-        self.needs_gathered = source == "gathered"
-        self._rows: dict[int, Tensor] = {}  # bucket -> (V, N): own or mixed deviations
-        self._squares: dict[int, Tensor] = {}  # bucket -> (T,): sum over all workers of |d_i|^2
-        self._sizes: dict[int, int] = {}  # bucket -> N
-        self._ready = False
+        self.observes = self.scale != "lr" or source == "isotropic"
+        if source != "isotropic":
+            self.displaces_by = "mixtures" if source == "gathered" else "deviations"
 
-    @property
-    def ready(self) -> bool:
-        return self._ready
+    def observe(self, bucket: Bucket, start: int, deviations_Kn: Tensor, now: Situation) -> Tensor:
+        if self.scale == "relative":
+            return square_norms(deviations_Kn, bucket, start)
+        return square_norm(deviations_Kn)
 
-    def observe(self, bucket: Bucket, deviations_VN: Tensor, gathered_WN: Tensor | None,
-                now: Situation) -> Tensor:
-        squares = square_norms(deviations_VN, bucket)
-        if gathered_WN is not None:
-            W = now.num_workers
-            mixing_VW = torch.stack([
-                streams.normal(W, self.seed, "gnc-mix", now.step, worker, dtype=torch.float64)
-                for worker in now.workers]) / math.sqrt(W - 1)
-            mixing_VW -= mixing_VW.mean(dim=1, keepdim=True)  # sum_j d_j = 0, so g_j serve as d_j
-            # not out=deviations_VN: on one rank both arguments are the same storage
-            deviations_VN.copy_(mixing_VW.to(gathered_WN) @ gathered_WN)
-        if self.source != "isotropic":
-            self._rows[bucket.index] = deviations_VN
-        self._sizes[bucket.index] = bucket.size
-        return squares
-
-    def receive(self, bucket: Bucket, statistics: Tensor) -> None:
-        self._squares[bucket.index] = statistics
-
-    def commit(self) -> None:
-        self._ready = bool(self._squares)
-
-    def forget(self) -> None:
-        self._rows, self._squares, self._sizes = {}, {}, {}
-        self._ready = False
+    def mixing_weights(self, workers: Sequence[int], peers: Sequence[int], now: Situation
+                       ) -> Tensor:
+        weights = torch.stack([
+            streams.normal(now.num_workers, self.seed, "gnc-mix", now.step, worker,
+                           dtype=torch.float64)[list(peers)]
+            for worker in workers]) / math.sqrt(len(peers) - 1)
+        return weights - weights.mean(dim=1, keepdim=True)
 
     def displace(self, bucket: Bucket, v: int, clean: Sequence[Tensor], out: Sequence[Tensor],
-                 learning_rates: Sequence[float], now: Situation) -> None:
-        rows_VN = self._rows.get(bucket.index)
-        if self._sizes.get(bucket.index) != bucket.size or (
-                rows_VN is not None and len(rows_VN) != len(now.workers)):
-            raise ValueError("the loaded deviations are of other buckets or virtual workers: "
-                             "resume with the same bucket_bytes and virtual_workers, or drop "
-                             "\"hvdnoise\" from the optimizer's state to start the noise anew")
-        if rows_VN is None:
+                 learning_rates: Sequence[float], seen: Observation, now: Situation) -> None:
+        if self.displaces_by is None:
             unit_N = streams.normal(bucket.size, self.seed, "gnc-isotropic", now.step,
                                     now.workers[v], bucket.index, device=bucket.device,
                                     dtype=bucket.dtype)
         else:
-            unit_N = rows_VN[v].to(bucket.device)  # a checkpoint may have been loaded to the CPU
-        factors = self._factors(bucket, clean, learning_rates, now)
+            unit_N = seen.rows[bucket.index][v]
+        factors = self._factors(bucket, clean, learning_rates, seen, now)
         for weight, unit, target, factor in zip(clean, bucket.views(unit_N), out, factors):
             torch.add(weight, unit, alpha=factor, out=target)
 
     def _factors(self, bucket: Bucket, clean: Sequence[Tensor], learning_rates: Sequence[float],
-                 now: Situation) -> list[float]:
+                 seen: Observation, now: Situation) -> list[float]:
         """What the rows (or normal numbers) are multiplied by, for each parameter."""
         size = at_step(self.size, now.step)
+        if not self.observes:  # lr
+            sign = -1.0 if self.source == "own" else 1.0
+            return [sign * size * rate for rate in learning_rates]
+        norms = [1.0] * len(clean)
         if self.scale == "relative":
-            squares = self._squares[bucket.index].tolist()
+            norms = torch.stack(torch._foreach_norm(list(clean))).tolist()
+            squares = seen.statistics[bucket.index].tolist()
             numbers: Sequence[int] = bucket.sizes
         else:
-            squares = [sum(float(s.sum()) for s in self._squares.values())] * len(clean)
-            numbers = [sum(self._sizes.values())] * len(clean)
+            squares = [sum(float(each) for each in seen.statistics.values())] * len(clean)
+            numbers = [sum(seen.sizes.values())] * len(clean)
         factors = []
-        for weight, rate, square, number in zip(clean, learning_rates, squares, numbers):
+        for norm, rate, square, number in zip(norms, learning_rates, squares, numbers):
             # the (expected) mean square over the workers of |delta_i| at s = 1
             spread = square / (now.num_workers - (self.source != "own"))
             if spread == 0:
                 factors.append(0.0)
                 continue
-            s = size * rate if self.scale == "lr" else size / math.sqrt(spread)
-            if self.scale == "relative":
-                s *= float(torch.linalg.vector_norm(weight))
+            s = size * rate if self.scale == "lr" else size * norm / math.sqrt(spread)
             factors.append({"own": -s, "gathered": s}.get(self.source,
                                                           s * math.sqrt(spread / number)))
         return factors
-
-    def state_dict(self) -> dict[str, Any]:
-        if not self._ready:
-            return {"ready": False}
-        return {"ready": True, "sizes": dict(self._sizes),
-                "rows": {index: rows.clone() for index, rows in self._rows.items()},
-                "squares": {index: squares.clone() for index, squares in self._squares.items()}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.forget()
-        if state["ready"]:
-            self._rows, self._squares = dict(state["rows"]), dict(state["squares"])
-            self._sizes, self._ready = dict(state["sizes"]), True

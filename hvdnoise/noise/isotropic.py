@@ -4,7 +4,7 @@
 
 It has the variance of the structured noise and none of its structure. Where it acts: the mean
 gradient, after the reduction; z comes from a stream shared by all ranks, so every rank adds the
-same bits (on like hardware: see `hvdnoise.streams`). Bytes on the wire: 8 per parameter tensor.
+same bits (on like hardware: see `hvdnoise.streams`). Bytes on the wire: 8 per bucket.
 
 Idea: Wen et al. 2020, arXiv:1902.08234. Formula: derived for this project.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hvdnoise import streams
 from hvdnoise.buckets import Bucket
-from hvdnoise.noise.base import Situation, square_norms
+from hvdnoise.noise.base import Observation, Situation, square_norm
 from hvdnoise.noise.emulated import EmulatedBatchNoise
 
 
@@ -25,24 +25,16 @@ class IsotropicCovariance(EmulatedBatchNoise):
     """White noise of the same variance as the structured noise (see the module)."""
 
     acts_on = "mean"
-    needs_rows = True
+    observes = True
     min_workers = 2
-    _trace = 0.0  # of (W-1)/b C^, summed bucket by bucket
-    _numbers = 0
 
-    def begin(self) -> None:
-        self._trace, self._numbers = 0.0, 0
+    def observe(self, bucket: Bucket, start: int, deviations_Kn: Tensor, now: Situation) -> Tensor:
+        return square_norm(deviations_Kn)
 
-    def observe(self, bucket: Bucket, deviations_VN: Tensor, gathered_WN: Tensor | None,
-                now: Situation) -> Tensor:
-        self._numbers += bucket.size
-        return square_norms(deviations_VN, bucket)
-
-    def receive(self, bucket: Bucket, statistics: Tensor) -> None:
-        self._trace += float(statistics.sum())
-
-    def mean_noise(self, bucket: Bucket, now: Situation) -> Tensor:
-        trace = self._trace * self.examples(now) / (now.num_workers - 1)
-        deviation = math.sqrt(self.missing_variance(now) * trace / self._numbers)
-        return deviation * streams.normal(bucket.size, self.seed, "isotropic", now.step,
-                                          bucket.index, device=bucket.device, dtype=bucket.dtype)
+    def mean_noise(self, bucket: Bucket, seen: Observation, now: Situation) -> Tensor:
+        squares = sum(float(square) for square in seen.statistics.values())
+        trace = squares * self.examples(now) / (now.num_workers - 1)
+        deviation = math.sqrt(self.missing_variance(now) * trace / sum(seen.sizes.values()))
+        noise_N = streams.normal(bucket.size, self.seed, "isotropic", now.step, bucket.index,
+                                 device=bucket.device, dtype=bucket.dtype)
+        return noise_N.mul_(deviation)

@@ -33,8 +33,8 @@ class NoiseConfig:
         lr: gnc's scale as a multiple of the learning rate.
         relative: gnc's scale as a share of each weight tensor's norm.
         final: gnc's scale at the end of the run, reached linearly; default: it stays the same.
-        lag: gnc's deviations: 1, of the step before (default); 0, of a first pass over the same
-            batch, at twice the cost.
+        lag: gnc's deviations: 1, of the step before (default); 2, of the one before that, whose
+            exchange hides behind a step; 0, of a first pass over the same batch, at twice the cost.
         structure: of covariance: full (default) or isotropic.
         emulated_batch: of covariance: the batch size whose noise the step shall have.
     """
@@ -114,6 +114,9 @@ class TrainConfig:
         optim: the optimizer.
         lr: the learning rate over the run.
         noise: the structured noise.
+        exchange: how noise that mixes the workers' deviations (gnc gathered) travels: auto,
+            allgather, gather-only, transpose, group (ranks of a host) or group:K (K consecutive).
+        noise_precision: of that noise on the wire; the gradients always travel in full.
         checkpoint: when to save.
         epochs: length of the run; may be a fraction.
         virtual_workers: V, workers that each rank stands for; W = ranks * V.
@@ -144,6 +147,8 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     lr: LrConfig = field(default_factory=LrConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
+    exchange: str = "auto"
+    noise_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     epochs: float = 10.0
     virtual_workers: int = 1
@@ -170,6 +175,11 @@ class TrainConfig:
     def workers(self, size: int) -> int:
         """W, on ``size`` ranks."""
         return size * self.virtual_workers
+
+    def group_size(self, local_size: int) -> int | None:
+        """Ranks of a group of the exchange, where there are groups."""
+        name, _, number = self.exchange.partition(":")
+        return int(number or local_size) if name == "group" else None
 
     def worker_batch(self, size: int) -> int:
         """b, examples per worker and step, on ``size`` ranks."""

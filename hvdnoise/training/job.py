@@ -149,7 +149,7 @@ def build(config: TrainConfig, world: World, device: torch.device) -> Job:
     optimizer = DistributedOptimizer(
         build_optimizer(model, config.optim), named_parameters=model.named_parameters(),
         backward_passes_per_step=config.accumulate, noise=noise, virtual_workers=virtual,
-        world=world)
+        exchange=config.exchange, noise_precision=config.noise_precision, world=world)
     optimizer.loss_scale = scaler.get_scale if scaler.is_enabled() else 1.0
     schedule = build_schedule(optimizer, config.lr, sampler.batch_size * workers,
                               sampler.steps_per_epoch, config.epochs)

@@ -58,6 +58,7 @@ def run(config: TrainConfig, world: World, device: torch.device, preemption: Pre
     progress = Progress(config.progress, rank=world.rank, total=job.total_steps, done=at.step)
     log.info("%d ranks x %d workers x %d examples, %d steps, in %s", world.size,
              config.virtual_workers, job.batches.worker, job.total_steps, folder)
+    log.info("exchange %s: %s", job.optimizer.exchange_plan, job.optimizer.exchange_reason)
     try:
         return train(job, folder, records, progress, preemption)
     finally:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from hvdnoise.costs import Shape, choose
 from hvdnoise.training.config import ConfigError, TrainConfig
 
 
@@ -28,6 +29,14 @@ def require(right: bool, name: str, value: Any, remedy: str) -> None:
     """Raise a ConfigError unless ``right``."""
     if not right:
         raise ConfigError(f"{name}={value} is wrong: {remedy}")
+
+
+def require_device(device: str) -> None:
+    """Raise a ConfigError for a GPU that is not there."""
+    if device == "cuda":
+        import torch
+        require(torch.cuda.is_available(), "device", "cuda",
+                "torch sees no GPU here; use device=auto or cpu, or a CUDA build of torch")
 
 
 def _check_numbers(config: TrainConfig, size: int) -> None:
@@ -73,6 +82,9 @@ def _check_batch(config: TrainConfig, size: int) -> None:
 def _check_noise(config: TrainConfig, size: int) -> None:
     workers, batch = config.workers(size), config.worker_batch(size)
     noise = config.noise.build(seed=config.seed, batch_size=batch, total_steps=1)
+    shape = Shape(1, size, config.virtual_workers, precision=config.noise_precision)
+    choose(config.exchange, shape, local_size=size,
+           mixes=noise is not None and noise.mixes)
     if noise is None:
         return
     kind = config.noise.kind
@@ -95,10 +107,7 @@ def _check_names(config: TrainConfig, size: int) -> None:
     name = config.name
     require(name is None or bool(name) and Path(name).name == name, "name", repr(name),
             "give a plain name without slashes")
-    if config.device == "cuda":
-        import torch
-        require(torch.cuda.is_available(), "device", "cuda",
-                "torch sees no GPU here; use device=auto or cpu, or a CUDA build of torch")
+    require_device(config.device)
 
 
 def _check_folders(config: TrainConfig, size: int) -> None:

@@ -58,6 +58,23 @@ def test_sigkill_in_mid_epoch(tmp_path: Path, settings: Path, untouched: dict[st
         untouched[launcher]["weights_sha256"]
 
 
+@pytest.mark.parametrize("launcher, flags", [
+    ("gloo", "--noise.lag 2 --exchange transpose --noise_precision bf16"),
+    ("mpirun", "--noise.lag 2 --exchange allgather"), ("gloo", "--exchange gather-only")])
+def test_sigkill_with_mixtures_on_their_way(tmp_path: Path, settings: Path, launcher: str,
+                                            flags: str) -> None:
+    """The state of noise that mixes all workers' deviations is saved whole, under every plan."""
+    options = ["--noise.source", "gathered", *flags.split()]
+    whole = finished(train(tmp_path / "whole", settings, launcher, *options), tmp_path / "whole")
+    folder = tmp_path / "run"
+    at_step(folder, 8, signal_ranks(folder, signal.SIGKILL, 1))
+    ended = train(folder, settings, launcher, "--checkpoint.every_steps", "3", *options)
+    assert ended.exit_code not in (0, None) and not ended.leftovers, ended.report()
+    again = finished(train(folder, settings, launcher, "--resume", "auto",
+                           "--checkpoint.every_steps", "3", *options), folder)
+    assert again["weights_sha256"] == whole["weights_sha256"]
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("ranks", [(1,), (0, 1)])
 def test_sigterm_is_agreed_on_saved_and_resumed(tmp_path: Path, settings: Path, launcher: str,

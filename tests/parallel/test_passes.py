@@ -240,7 +240,7 @@ def check_casting_after_wrapping_keeps_overlap(world: World) -> None:
         model.load_state_dict({name: torch.ones_like(p) * 0.1 for name, p
                                in model.state_dict().items()})
         optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), world=spy,
-                         bucket_bytes=0, noise=noise)
+                         bucket_bytes=0, noise=noise, exchange="allgather" if noise else "auto")
         for n, dtype in enumerate((torch.float32, torch.float64, torch.bfloat16, torch.float32)):
             optimizer.zero_grad()
             model.to(dtype)

@@ -188,6 +188,13 @@ class Spy(World):
         self.events.append("allgather")
         return self.world.allgather(tensor, **options)
 
+    def alltoall(self, tensor: Tensor, splits: Any, **options: Any) -> Any:
+        self.events.append("alltoall")
+        return self.world.alltoall(tensor, splits, **options)
+
+    def group(self, size: int) -> World:
+        return self.world.group(size)
+
     def broadcast_(self, tensor: Tensor, **options: Any) -> Any:
         self.events.append("broadcast")
         return self.world.broadcast_(tensor, **options)

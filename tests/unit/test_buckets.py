@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hvdnoise.buckets import DEFAULT_BUCKET_BYTES, build_layout, default_bucket_bytes, fingerprint
+from hvdnoise.buckets import build_layout, default_bucket_bytes, fingerprint
 
 Named = list[tuple[str, Tensor]]
 
@@ -124,15 +124,20 @@ def test_the_fingerprint_notices_changes() -> None:
     assert len({before, frozen, fingerprint(every), fingerprint(every[:1])}) == 4
 
 
-@pytest.mark.parametrize("threshold, expected", [
-    (None, DEFAULT_BUCKET_BYTES), ("", DEFAULT_BUCKET_BYTES), ("1000", 1000), ("0", 0),
-    (str(2 ** 30), DEFAULT_BUCKET_BYTES)])
-def test_horovods_threshold_bounds_the_default(monkeypatch: pytest.MonkeyPatch,
-                                               threshold: str | None, expected: int) -> None:
+@pytest.mark.parametrize("total, expected", [(1000, 2 ** 20), (2 ** 25, 2 ** 23),
+                                             (2 ** 30, 25 * 2 ** 20)])
+def test_the_default_is_a_share_of_the_whole(monkeypatch: pytest.MonkeyPatch, total: int,
+                                             expected: int) -> None:
     monkeypatch.delenv("HOROVOD_FUSION_THRESHOLD", raising=False)
-    if threshold is not None:
-        monkeypatch.setenv("HOROVOD_FUSION_THRESHOLD", threshold)
-    assert default_bucket_bytes() == expected
+    assert default_bucket_bytes(total) == expected
+
+
+@pytest.mark.parametrize("threshold, expected", [("", 2 ** 23), ("1000", 1000), ("0", 0),
+                                                 (str(2 ** 30), 2 ** 23)])
+def test_horovods_threshold_bounds_the_default(monkeypatch: pytest.MonkeyPatch,
+                                               threshold: str, expected: int) -> None:
+    monkeypatch.setenv("HOROVOD_FUSION_THRESHOLD", threshold)
+    assert default_bucket_bytes(2 ** 25) == expected
 
 
 KINDS = st.sampled_from([torch.float16, torch.float32, torch.float64])

@@ -34,14 +34,14 @@ def examples() -> torch.Tensor:
         * torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
 
 
-def drive(world: ThreadWorld, noise: Any, steps: int, learning_rate: float = 0.0
+def drive(world: ThreadWorld, noise: Any, steps: int, learning_rate: float = 0.0, **options: Any
           ) -> tuple[torch.Tensor, torch.Tensor]:
     """Displacements (steps, V, P) that this rank's forwards saw, and reduced gradients."""
     a, V = examples(), W // world.size
     model = Linear(P)
     optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=learning_rate),
                                      model.named_parameters(), noise=noise, virtual_workers=V,
-                                     world=world)
+                                     world=world, **options)
     gradients = []
     for _ in range(steps):
         optimizer.zero_grad()
@@ -52,9 +52,9 @@ def drive(world: ThreadWorld, noise: Any, steps: int, learning_rate: float = 0.0
     return torch.stack(model.seen).view(steps, V, P), torch.stack(gradients)
 
 
-def all_displacements(make: Any, size: int, steps: int) -> torch.Tensor:
+def all_displacements(make: Any, size: int, steps: int, **options: Any) -> torch.Tensor:
     """(steps - 1, W, P), without the first step's, which are 0."""
-    parts = run_threads(size, lambda world: drive(world, make(), steps + 1)[0])
+    parts = run_threads(size, lambda world: drive(world, make(), steps + 1, **options)[0])
     everyone = torch.cat(parts, dim=1)
     assert torch.count_nonzero(everyone[0]) == 0
     return everyone[1:]

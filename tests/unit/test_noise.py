@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hvdnoise import GNC, CovarianceNoise, make_noise, streams
 from hvdnoise.buckets import Bucket, build_layout
 from hvdnoise.noise import COVARIANCES, Noise, Situation
-from hvdnoise.noise.base import at_step, check_scale, square_norms
+from hvdnoise.noise.base import Observation, at_step, check_scale, square_norms
 from tests import reference
 from tests.toys import relative_error
 
@@ -40,8 +40,8 @@ REFUSED_GNC = SCALES + [
     ({"radius": 1, "relative": 0}, "radius and relative", "exactly one"),
     ({"lr": -1}, "lr=-1", ">= 0"), ({"relative": NAN}, "relative=nan", "finite"),
     ({"radius": 1, "source": "allgather"}, "source='allgather'", "own, gathered, isotropic"),
-    ({"radius": 1, "lag": 2}, "lag=2", "0 or 1"),
-    ({"radius": 1, "lag": None}, "lag=None", "0 or 1"),
+    ({"radius": 1, "lag": 3}, "lag=3", "0, 1 or 2"),
+    ({"radius": 1, "lag": None}, "lag=None", "0, 1 or 2"),
     ({"radius": 1, "seed": 1.5}, "seed=1.5", "integer"),
     ({"radius": 1, "seed": "1"}, "seed='1'", "integer"),
     ({"radius": 1, "seed": True}, "seed=True", "integer")]
@@ -148,23 +148,36 @@ def test_example_weights() -> None:
 
 # ---- GNC
 
-def observed(source: str, step: int = 0, noise: GNC | None = None) -> tuple[GNC, Tensor]:
-    """A noise that has seen the gradients of four workers on one rank, and those gradients."""
+def observed(source: str, step: int = 0, noise: GNC | None = None, same: bool = False
+             ) -> tuple[GNC, Observation, Tensor]:
+    """A noise, what it has seen of four workers on one rank, and their gradients (W, P)."""
     noise = noise or GNC(lr=1.0, source=source)
-    W, gradients_WP = 4, []
+    W, gradients_WP, seen, now = 4, [], Observation({}, {}, {}), situation(step, 4)
     for bucket in buckets():
         gradients_WN = 2 + streams.normal((W, bucket.size), 5, "g", bucket.index,
                                           dtype=torch.float64)
+        if same:
+            gradients_WN[:] = 1.0
         deviations_WN = gradients_WN - gradients_WN.mean(dim=0)
-        gathered_WN = gradients_WN.clone() if noise.needs_gathered else None
-        told = noise.observe(bucket, deviations_WN.clone(), gathered_WN, situation(step, W))
-        assert told is not None
-        noise.receive(bucket, told)
+        seen.sizes[bucket.index] = bucket.size
+        if noise.displaces_by == "mixtures":
+            weights = noise.mixing_weights(range(W), range(W), now)
+            assert float(weights.sum(dim=1).abs().max()) < 1e-15
+            seen.rows[bucket.index] = weights @ gradients_WN
+        elif noise.displaces_by == "deviations":
+            seen.rows[bucket.index] = deviations_WN
+        if noise.observes:
+            half = bucket.size // 2  # the parts of a bucket add up, and so do the workers
+            parts = [noise.observe(bucket, start, deviations_WN[rows, start:stop], now)
+                     for start, stop in ((0, half), (half, bucket.size))
+                     for rows in (slice(0, 1), slice(1, 4))]
+            seen.statistics[bucket.index] = torch.stack(parts).sum(dim=0)
         gradients_WP.append(gradients_WN)
-    return noise, torch.cat(gradients_WP, dim=1)
+    return noise, seen, torch.cat(gradients_WP, dim=1)
 
 
-def displacements(noise: GNC, step: int = 1, rates: float = 1.0) -> Tensor:
+def displacements(noise: GNC, seen: Observation, *_: Tensor, step: int = 1, rates: float = 1.0
+                  ) -> Tensor:
     """(W, P), in the order of the buckets."""
     rows = []
     for v in range(4):
@@ -173,39 +186,26 @@ def displacements(noise: GNC, step: int = 1, rates: float = 1.0) -> Tensor:
             clean, out = [p.detach() for p in bucket.parameters], \
                 [torch.empty_like(p) for p in bucket.parameters]
             before = [p.clone() for p in clean]
-            noise.displace(bucket, v, clean, out, [rates] * len(clean), situation(step))
+            noise.displace(bucket, v, clean, out, [rates] * len(clean), seen, situation(step))
             assert all(map(torch.equal, clean, before)), "the clean weights were written"
             row += [(o - c).flatten() for o, c in zip(out, clean)]
         rows.append(torch.cat(row))
     return torch.stack(rows)
 
 
-def test_gnc_is_ready_after_a_commit() -> None:
-    noise = GNC(0.1)
-    assert not noise.ready
-    noise.commit()
-    assert not noise.ready, "it has seen nothing"
-    observed("own", noise=noise)
-    assert not noise.ready, "the step was not taken"
-    noise.commit()
-    assert noise.ready
-    noise.forget()
-    assert not noise.ready
-
-
 @pytest.mark.parametrize("source", ["own", "gathered", "isotropic"])
 def test_displacements_grow_with_scale_and_learning_rate(source: str) -> None:
-    once = displacements(observed(source)[0])
-    double = displacements(observed(source, noise=GNC(lr=2.0, source=source))[0])
+    once = displacements(*observed(source))
+    double = displacements(*observed(source, noise=GNC(lr=2.0, source=source)))
     assert relative_error(double, 2 * once) < 1e-12
-    assert relative_error(displacements(observed(source)[0], rates=0.1), 0.1 * once) < 1e-12
-    still = displacements(observed(source, noise=GNC(lr=0.0, source=source))[0])
+    assert relative_error(displacements(*observed(source), rates=0.1), 0.1 * once) < 1e-12
+    still = displacements(*observed(source, noise=GNC(lr=0.0, source=source)))
     assert torch.count_nonzero(still) == 0
 
 
 def test_own_displacements_sum_to_zero() -> None:
-    noise, gradients_WP = observed("own")
-    rows = displacements(noise)
+    noise, seen, gradients_WP = observed("own")
+    rows = displacements(noise, seen)
     assert float(rows.sum(dim=0).abs().max()) < 1e-14 * float(rows.abs().max()) * 10
     expected = reference.gnc_own(reference.deviations(gradients_WP), 1.0)
     assert relative_error(rows, expected) < 1e-12
@@ -213,9 +213,10 @@ def test_own_displacements_sum_to_zero() -> None:
 
 def test_which_displacements_change_from_step_to_step() -> None:
     for source, changes in (("own", False), ("gathered", False), ("isotropic", True)):
-        noise, _ = observed(source)  # gathered noise is drawn when it sees the deviations
-        assert torch.equal(displacements(noise, 1), displacements(noise, 2)) is not changes
-    one, two = (displacements(observed("gathered", step=step)[0]) for step in (1, 2))
+        noise, seen, _ = observed(source)  # gathered noise is drawn when it sees the deviations
+        one, two = displacements(noise, seen, step=1), displacements(noise, seen, step=2)
+        assert torch.equal(one, two) is not changes
+    one, two = (displacements(*observed("gathered", step=step)) for step in (1, 2))
     assert not torch.equal(one, two)
 
 
@@ -223,22 +224,28 @@ def test_no_deviation_no_displacement() -> None:
     for source in ("own", "gathered", "isotropic"):
         for scale in ("radius", "lr", "relative"):
             options: dict[str, Any] = {scale: 1.0, "source": source}
-            noise = GNC(**options)
-            for bucket in buckets():
-                same_WN = torch.ones(4, bucket.size, dtype=torch.float64)
-                told = noise.observe(bucket, same_WN * 0, same_WN, situation())
-                assert told is not None
-                noise.receive(bucket, told)
-            assert torch.count_nonzero(displacements(noise)) == 0
+            seen = observed(source, noise=GNC(**options), same=True)
+            assert float(displacements(*seen).abs().max()) < 1e-14
 
 
-def test_square_norms_of_each_parameter() -> None:
+def test_a_scale_in_steps_needs_no_statistics() -> None:
+    """Nothing but rows: no norms to compute, nothing to add up over the ranks."""
+    wants = {(source, scale): GNC(**{scale: 1.0}, source=source).observes  # type: ignore[arg-type]
+             for source in ("own", "gathered", "isotropic") for scale in ("lr", "radius")}
+    assert [key for key, wanted in wants.items() if not wanted] == [("own", "lr"),
+                                                                    ("gathered", "lr")]
+
+
+@pytest.mark.parametrize("cuts", [[], [7], [1, 2, 30]])
+def test_square_norms_of_each_parameter(cuts: list[int]) -> None:
     (bucket,) = buckets(10_000)
     rows = streams.normal((2, bucket.size), 0, "rows")
     expected = [float((part.double() ** 2).sum()) for part in rows.split(bucket.sizes, dim=1)]
-    assert square_norms(rows, bucket).tolist() == pytest.approx(expected, rel=1e-6)
-    assert square_norms(rows, bucket).dtype == torch.float64
-    half = square_norms(1000 * torch.ones(2, bucket.size, dtype=torch.float16), bucket)
+    edges = [0, *cuts, bucket.size]
+    parts = [square_norms(rows[:, a:b], bucket, a) for a, b in zip(edges, edges[1:])]
+    assert torch.stack(parts).sum(dim=0).tolist() == pytest.approx(expected, rel=1e-6)
+    assert all(part.dtype == torch.float64 for part in parts)
+    half = square_norms(1000 * torch.ones(2, bucket.size, dtype=torch.float16), bucket, 0)
     assert half.tolist() == pytest.approx([2e6 * size for size in bucket.sizes], rel=1e-6)
 
 
@@ -246,11 +253,14 @@ def test_square_norms_of_each_parameter() -> None:
 
 def test_a_noise_of_another_kind_says_so() -> None:
     noise: Noise = CovarianceNoise("isotropic", 4)
+    seen = Observation({}, {}, {})
     calls = [lambda: noise.worker_weights(situation()),
              lambda: noise.example_weights(0, 0, 8, situation()),
-             lambda: noise.displace(buckets()[0], 0, [], [], [], situation()),
-             lambda: GNC(0.1).mean_noise(buckets()[0], situation())]
+             lambda: noise.displace(buckets()[0], 0, [], [], [], seen, situation()),
+             lambda: noise.mixing_weights([0], [0, 1], situation()),
+             lambda: CovarianceNoise("full", 4).observe(buckets()[0], 0, torch.zeros(1, 2),
+                                                        situation()),
+             lambda: GNC(0.1).mean_noise(buckets()[0], seen, situation())]
     for call in calls:
         with pytest.raises(AssertionError, match="does not"):
             call()
-    assert Noise().state_dict() == {}

@@ -64,9 +64,10 @@ def dense_gnc(W: int, source: str, scale: str, scheduled: bool, lag: int, seed: 
               steps: int = 3) -> list[tuple[Any, Any]]:
     """(averaged gradient, weights after) of every step."""
     model, result = dense(W), []
-    deviations_WP, seen = None, 0
+    past: list[Any] = []  # the deviations of each step
     for step in range(steps):
         model.rates = [rate * 0.8 ** step for rate in RATES]
+        deviations_WP, seen = (past[step - lag], step - lag) if step >= lag > 0 else (None, 0)
         if lag == 0:
             deviations_WP, seen = reference.deviations(model.worker_gradients(step)), step
         displacements_WP: Any = 0.0
@@ -79,8 +80,7 @@ def dense_gnc(W: int, source: str, scale: str, scheduled: bool, lag: int, seed: 
                 rms = reference.root_mean_square_norm(displacements_WP)
                 assert rms == pytest.approx(size, rel=1e-12)
         gradients_WP = model.worker_gradients(step, displacements_WP)
-        if lag == 1:
-            deviations_WP, seen = reference.deviations(gradients_WP), step
+        past.append(reference.deviations(gradients_WP))
         mean_P = gradients_WP.mean(axis=0)
         model.update(mean_P)
         result.append((mean_P, model.theta_P))
@@ -93,13 +93,14 @@ def make_gnc(source: str, scale: str, scheduled: bool, lag: int, seed: int) -> G
     return GNC(**{scale: value}, source=source, lag=lag, seed=seed)
 
 
-@pytest.mark.parametrize("lag", [1, 0])
+@pytest.mark.parametrize("lag", [1, 0, 2])
 @pytest.mark.parametrize("scheduled", [False, True], ids=["value", "schedule"])
 @pytest.mark.parametrize("scale", ["lr", "radius", "relative"])
 @pytest.mark.parametrize("source", ["own", "gathered", "isotropic"])
 def test_gnc_is_the_dense_formula(source: str, scale: str, scheduled: bool, lag: int) -> None:
     case = (source, scale, scheduled, lag, 3)
-    assert_same_run(run(2, 2, lambda: make_gnc(*case)), dense_gnc(4, *case))
+    steps = 4 if lag == 2 else 3
+    assert_same_run(run(2, 2, lambda: make_gnc(*case), steps), dense_gnc(4, *case, steps=steps))
 
 
 @pytest.mark.parametrize("size, V", WORLDS)
@@ -225,9 +226,13 @@ SCALE_0: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", SCALE_0)
 def test_no_noise_is_the_identity(name: str) -> None:
-    plain, still = run(2, 2, lambda: None), run(2, 2, SCALE_0[name])
+    """Bit for bit where the gradients travel as they do without noise."""
+    options = {"exchange": "allgather"} if name.startswith("gathered") else {}
+    plain, still = run(2, 2, lambda: None), run(2, 2, SCALE_0[name], **options)
+    auto = run(2, 2, SCALE_0[name])
     for step in range(3):
         assert torch.equal(plain.weights[step], still.weights[step])
+        assert relative_error(auto.weights[step], plain.weights[step]) < RTOL
 
 
 @pytest.mark.parametrize("name", NOISES)

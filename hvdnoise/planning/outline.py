@@ -1,0 +1,150 @@
+"""What a run will be, from its settings alone: workers, batch, rates, steps, parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hvdnoise import costs
+from hvdnoise.costs import Plan, Shape
+from hvdnoise.planning.config import PlanConfig
+from hvdnoise.training import models
+from hvdnoise.training.config import ConfigError
+from hvdnoise.training.dataspec import DataConfig
+from hvdnoise.training.optim import peak_rate, rate
+from hvdnoise.training.sampler import steps_per_epoch
+
+_KNOWN = {  # training images, classes, (channels, height, width)
+    "fashion-mnist": (60_000, 10, (1, 28, 28)),
+    "cifar10": (50_000, 10, (3, 32, 32)),
+    "cifar100": (50_000, 100, (3, 32, 32)),
+}
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A run in numbers.
+
+    Args:
+        ranks: R.
+        workers: W.
+        worker_batch: b, examples per worker and step.
+        examples: training images in use.
+        first_rate: learning rate at the first step.
+        peak_rate: after the warm-up, scaled with the batch.
+        steps_per_epoch: optimizer steps.
+        total_steps: of the whole run.
+        parameters: P, trainable numbers of 4 bytes.
+        mixes: whether the noise mixes the deviations of all workers.
+        plan: of the exchange, as DistributedOptimizer will take it.
+    """
+
+    ranks: int
+    workers: int
+    worker_batch: int
+    examples: int
+    first_rate: float
+    peak_rate: float
+    steps_per_epoch: int
+    total_steps: int
+    parameters: int
+    mixes: bool
+    plan: Plan
+
+    @property
+    def batch(self) -> int:
+        """B, examples of all workers per step."""
+        return self.workers * self.worker_batch
+
+
+def outline(config: PlanConfig) -> Outline:
+    """The run that `hvdnoise train` will make of these settings, which `read` has checked.
+
+    Raises:
+        ConfigError: where they do not fit the data, or each other.
+    """
+    try:
+        return _outline(config)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def _outline(config: PlanConfig) -> Outline:
+    ranks, batch = config.ranks, config.worker_batch(config.ranks)
+    workers = config.workers(ranks)
+    examples, classes, image_shape = facts(config)
+    per_epoch = steps_per_epoch(examples, workers, batch)
+    total = max(1, round(config.epochs * per_epoch))
+    peak = peak_rate(config.optim.lr, config.lr, workers * batch)
+    parameters = count_parameters(config.model, classes, image_shape)
+    noise = config.noise.build(seed=config.seed, batch_size=batch, total_steps=total)
+    mixes = noise is not None and noise.mixes
+    plan = costs.choose(config.exchange, shape(config, parameters), mixes=mixes,
+                        local_size=config.ranks_per_host)
+    return Outline(ranks, workers, batch, examples,
+                   rate(0, peak, config.lr, steps_per_epoch=per_epoch, epochs=config.epochs),
+                   peak, per_epoch, total, parameters, mixes, plan)
+
+
+def shape(config: PlanConfig, parameters: int) -> Shape:
+    """What the exchange's cost depends on, in the precision of the settings."""
+    name, _, number = config.exchange.partition(":")
+    return Shape(parameters, config.ranks, config.virtual_workers,
+                 precision=config.noise_precision,
+                 group_size=int(number) if name == "group" and number.isdigit()
+                 else config.ranks_per_host)
+
+
+def facts(config: PlanConfig) -> tuple[int, int, tuple[int, int, int]]:
+    """Training images in use, classes and (channels, height, width) of the data set.
+
+    Raises:
+        ConfigError: for an imagefolder that is not here and was not described.
+    """
+    data = config.data
+    if data.dataset in _KNOWN:
+        examples, classes, image_shape = _KNOWN[data.dataset]
+    elif data.dataset == "synthetic":
+        examples, classes, image_shape = data.num_examples, data.num_classes, _square(data)
+    else:
+        examples, classes = _folder(config)
+        image_shape = _square(data)
+    return min(examples, data.limit or examples), classes, image_shape
+
+
+def _square(data: DataConfig) -> tuple[int, int, int]:
+    return 3, data.side, data.side
+
+
+def _folder(config: PlanConfig) -> tuple[int, int]:
+    """Images and classes of an imagefolder: as given, else counted."""
+    if config.examples is not None and config.classes is not None:
+        return config.examples, config.classes
+    folder = config.data.path / "train"
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder on this machine: give --examples N, the "
+                          "training images, and --classes N, or a data.root that holds "
+                          "train/CLASS/IMAGE")
+    from hvdnoise.training.torchvision_compat import datasets
+    try:
+        found = datasets.ImageFolder(folder)
+    except OSError as error:  # an empty one, or one that cannot be read
+        raise ConfigError(f"{folder}: {' '.join(str(error).split())}") from error
+    return config.examples or len(found.samples), config.classes or len(found.classes)
+
+
+def count_parameters(model: str, classes: int, image_shape: tuple[int, int, int]) -> int:
+    """P, the trainable numbers of a model, which is built without storage where it can be.
+
+    Raises:
+        ValueError: when there is no such model, or it cannot take such images.
+    """
+    try:
+        with torch.device("meta"):
+            built = models.build(model, classes, image_shape)
+    except ValueError:  # some of torchvision's look at their numbers; or it is a real misfit
+        built = models.build(model, classes, image_shape)
+    return sum(p.numel() for p in built.parameters() if p.requires_grad)

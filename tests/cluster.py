@@ -1,0 +1,49 @@
+"""Several hosts on this machine for tests, by launch/cluster-sim.sh.
+
+    launch(2, "tests.parallel.tasks:train", launcher=on_hosts(2, "mpirun"))
+    run_on_hosts(3, ["ssh", "node2", "hostname"], rate="100mbit")
+
+Limits in time and processes left behind are seen to as in every other launch.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Mapping, Sequence
+
+from tests.launcher import LAUNCHERS, ROOT, Ended, run_command
+
+SCRIPT = ROOT / "launch" / "cluster-sim.sh"
+
+_HOROVODRUN = ["horovodrun", "--disable-cache", "--network-interface", "eth0"]
+_VARIABLES = 'PYTHONPATH OMP_NUM_THREADS "${!HVDNOISE_@}"'  # horovodrun takes all along
+_ON_NODE1 = {
+    "gloo": [*_HOROVODRUN, "--gloo"], "mpi": [*_HOROVODRUN, "--mpi"],
+    "mpirun": ["bash", "-c", f'exec mpirun $(printf -- "-x %s " {_VARIABLES}) "$@"', "mpirun"]}
+
+
+@functools.cache
+def why_not() -> str:
+    """Why no hosts can be simulated here; empty where they can."""
+    ended = run_on_hosts(1, ["true"], timeout=60)
+    return ended.output.strip() if ended.exit_code == 2 else ""
+
+
+def run_on_hosts(hosts: int, command: Sequence[str], *, slots: int = 1, rate: str | None = None,
+                 timeout: float = 120, env: Mapping[str, str] | None = None) -> Ended:
+    """Run ``command`` on the first of so many hosts, node1."""
+    return run_command(1, [*_simulation(hosts, slots, rate), *command], launcher="none",
+                       timeout=timeout, env=env)
+
+
+def on_hosts(hosts: int, launcher: str, *, slots: int = 1, rate: str | None = None) -> str:
+    """The name of a launcher, for all that take one, with its ranks on so many hosts."""
+    name = f"{launcher} on {hosts} hosts x {slots}, {rate or 'unlimited'}"
+    host_list = ",".join(f"node{number}:{slots}" for number in range(1, hosts + 1))
+    LAUNCHERS[name] = [*_simulation(hosts, slots, rate), *_ON_NODE1[launcher], "-H", host_list]
+    return name
+
+
+def _simulation(hosts: int, slots: int, rate: str | None) -> list[str]:
+    limit = ["--rate", rate] if rate else []
+    return [str(SCRIPT), "--hosts", str(hosts), "--slots", str(slots), *limit, "--"]
