@@ -21,7 +21,7 @@ launch=$root/launch
 venv=$root/.venv
 tmp=${TMPDIR:-/tmp}
 cache=${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/hvdnoise
-variant='' asked='' deps_only='' work='' child='' log='' told=''
+variant='' asked='' deps_only='' work='' log='' told=''
 
 # --------------------------------------------------- talking, running, failing
 
@@ -37,11 +37,9 @@ run() { # SECONDS COMMAND...: under a time limit, its output to the log
     limit=$1
     log_start=$(($(stat -c %s "$log") + 1))
     printf '\n+ %s\n' "${*:2}" >>"$log" || true
-    timeout --kill-after=10 "$limit" "${@:2}" >>"$log" 2>&1 </dev/null 8>&- 9>&- &
-    child=$!
     status=0
-    wait "$child" || status=$?
-    child=''
+    timeout --kill-after=10 "$limit" "${@:2}" >>"$log" 2>&1 </dev/null 8>&- 9>&- &
+    wait $! || status=$? # in the background: so a signal ends the wait at once
     return "$status"
 }
 
@@ -78,8 +76,10 @@ digest() { cat "$@" | sha256sum | cut -c 1-16; }
 
 clean_up() {
     local status=$?
-    if [[ $child ]]; then
-        { kill -TERM "$child" && wait "$child"; } 2>/dev/null || true # timeout passes it on
+    local children
+    children=$(jobs -p) # from the shell: a variable would be set too late for a quick signal
+    if [[ $children ]]; then
+        { kill -TERM $children && wait; } 2>/dev/null || true # timeout passes it on
     fi
     [[ -z $work ]] || rm -rf "$work"
     ((status == 0)) || [[ $told ]] || fail "stopped where it should not, with status $status; see the end of the log"
@@ -255,10 +255,9 @@ fi
 exec 9>>"$venv.lock"
 if ! flock --nonblock 9; then
     say "another setup.sh is at work here: waiting for it"
-    flock --timeout 3600 9 &
-    child=$! # in the background: so a signal ends the wait at once
-    wait "$child" || fail "another setup.sh has held $venv.lock for an hour; end it, then run this again"
-    child=''
+    until flock --timeout 1 9; do # in short waits: a signal is heard between them
+        ((SECONDS < 3600)) || fail "another setup.sh has held $venv.lock for an hour; end it, then run this again"
+    done
 fi
 log=$venv.log
 : >"$log"
