@@ -172,6 +172,8 @@ host() { # NUMBER RATE [COMMAND...]
     echo "$name" >/proc/sys/kernel/hostname
     mount -t tmpfs tmpfs /dev/shm
     mount -t sysfs sysfs /sys # /sys/class/net is that of the mount
+    # The one that every Linux has and lets a namespace choose: the same on every machine.
+    echo reno >/proc/sys/net/ipv4/tcp_congestion_control
     ip link set lo up
     ip link add eth0 type veth peer name "$name" netns 1
     ip address add "$address/24" dev eth0

@@ -32,7 +32,7 @@ def why_not() -> str:
 def run_on_hosts(hosts: int, command: Sequence[str], *, slots: int = 1, rate: str | None = None,
                  timeout: float = 120, env: Mapping[str, str] | None = None) -> Ended:
     """Run ``command`` on the first of so many hosts, node1."""
-    return run_command(1, [*_simulation(hosts, slots, rate), *command], launcher="none",
+    return run_command(1, [*_simulation(hosts, slots, rate, timeout), *command], launcher="none",
                        timeout=timeout, env=env)
 
 
@@ -44,6 +44,8 @@ def on_hosts(hosts: int, launcher: str, *, slots: int = 1, rate: str | None = No
     return name
 
 
-def _simulation(hosts: int, slots: int, rate: str | None) -> list[str]:
+def _simulation(hosts: int, slots: int, rate: str | None, timeout: float = 600) -> list[str]:
+    """The limit in time is for when the tests themselves are ended before they end it."""
     limit = ["--rate", rate] if rate else []
-    return [str(SCRIPT), "--hosts", str(hosts), "--slots", str(slots), *limit, "--"]
+    return [str(SCRIPT), "--hosts", str(hosts), "--slots", str(slots), *limit,
+            "--timeout", str(int(timeout) + 30), "--"]
