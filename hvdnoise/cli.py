@@ -56,11 +56,13 @@ class DoctorConfig:
         data_root: folder of the data sets to look into.
         launch: also start two ranks, when alone.
         seconds: limit of that.
+        versions: only say which versions are installed, on one line to compare between hosts.
     """
 
     data_root: str = "data"
     launch: bool = True
     seconds: int = 60
+    versions: bool = False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -141,7 +143,11 @@ def _bench(arguments: Sequence[str], launched: dict[str, int]) -> int:
 
 def _doctor(arguments: Sequence[str], launched: dict[str, int]) -> int:
     config = _parse(DoctorConfig, arguments, launched, program="hvdnoise doctor")
-    from hvdnoise.doctor import examine
+    from hvdnoise.doctor import examine, version_line
+    if config.versions:
+        if launched["rank"] == 0:
+            print(version_line())
+        return 0
     return examine(launched, data_root=config.data_root, launch=config.launch,
                    seconds=config.seconds)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from hvdnoise import comm
+from hvdnoise.training.records import versions
 
 OK, NOTE, BROKEN = "ok", "note", "BROKEN"
 Finding = tuple[str, str]  # verdict, text
@@ -40,6 +41,14 @@ def examine(launched: dict[str, int], *, data_root: str, launch: bool, seconds: 
         if launched["rank"] == 0:
             print(f"{verdict:7} {text}", flush=True)
     return int(broken)
+
+
+def version_line() -> str:
+    """What must be equal on all hosts of a run, as ``versions name=value ...``, without spaces in
+    a value: the launch scripts compare it between hosts."""
+    found = {**versions(), "mpi": (_mpi_version() or "none").split()[-1]}
+    return " ".join(["versions", *(f"{name}={value.replace(' ', '-')}"
+                                   for name, value in sorted(found.items()))])
 
 
 def _findings(launched: dict[str, int], data_root: str, launch: bool, seconds: int
@@ -93,16 +102,22 @@ def _horovod() -> Iterator[Finding]:
 
 
 def _mpi() -> Iterator[Finding]:
-    path = shutil.which("mpirun", path=_path())
-    if path is None:
+    first = _mpi_version()
+    if first is None:
         yield NOTE, "no mpirun on the PATH: horovodrun --gloo works without; else launch/setup.sh"
-        return
-    said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
-    first = said.splitlines()[0] if said else "says nothing"
-    if "Open MPI) 5" in first:
+    elif "Open MPI) 5" in first:
         yield NOTE, f"{first}: horovodrun --mpi needs 4.1; start with mpirun itself"
     else:
-        yield OK, f"{first} ({path})"
+        yield OK, f"{first} ({shutil.which('mpirun', path=_path())})"
+
+
+def _mpi_version() -> str | None:
+    """What mpirun says of itself; None where there is none."""
+    path = shutil.which("mpirun", path=_path())
+    if path is None:
+        return None
+    said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+    return said.splitlines()[0] if said else "says nothing"
 
 
 def _gpus() -> Iterator[Finding]:

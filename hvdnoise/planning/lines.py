@@ -52,12 +52,7 @@ def script(command: Sequence[str], note: str) -> str:
 
 
 def slurm(config: PlanConfig, flags: Sequence[str]) -> str:
-    """A batch script: mpirun inside the allocation, whose hosts Slurm chooses.
-
-    On SIGTERM, of a preemption or before the time is over, the ranks save and exit with 75; a run
-    with ``--resume auto`` is then put into the queue again.
-    """
-    command = shlex.join(["mpirun", "-np", str(config.ranks), *_MPI, *_VARIABLES, *train(flags)])
+    """A batch script that hands over to launch/slurm.sbatch, which saves, requeues and resumes."""
     lines = ["#!/bin/bash", *(f"#SBATCH --{option}" for option in (
         f"job-name={job_name(config)}", f"nodes={len(config.names)}",
         f"ntasks-per-node={config.ranks_per_host}",
@@ -65,20 +60,22 @@ def slurm(config: PlanConfig, flags: Sequence[str]) -> str:
         f"signal=B:TERM@{_WALL_SECONDS}", "requeue", "open-mode=append"))]
     if config.hostnames is not None:
         lines.append(f"#SBATCH --nodelist={','.join(config.names)}")
-    lines += ["# Add time, partition and cpus-per-task; submit from the folder of the planning.",
-              f"{command} &", "ranks=$!", "told=",
-              "trap 'told=1; kill -TERM \"$ranks\"' TERM",
-              'wait "$ranks"; code=$?',
-              '[ -z "$told" ] || { wait "$ranks"; code=$?; }  # the trap ended the first wait']
-    if config.resume == "auto":
-        lines.append('[ "$code" -ne 75 ] || scontrol requeue "$SLURM_JOB_ID"  # saved: go on later')
-    return "\n".join([*lines, 'exit "$code"', ""])
+    command = 'exec "${HVDNOISE_HOME:-$SLURM_SUBMIT_DIR}/launch/slurm.sbatch" -- '
+    lines += ["# Add time, partition and cpus-per-task; submit from the folder of the planning,",
+              "# with HVDNOISE_HOME=/path/to/the/repository set where that is another one.",
+              command + shlex.join(flags)]
+    return "\n".join([*lines, ""])
 
 
 def mpijob(config: PlanConfig, flags: Sequence[str]) -> str:
-    """A Kubeflow MPIJob (v2beta1): the operator gives mpirun its hosts."""
+    """A Kubeflow MPIJob (v2beta1): the operator gives mpirun its hosts.
+
+    In the short: launch/kubernetes/mpijob.yaml has volumes, limits, and saves when a pod must go.
+    """
     command = ["mpirun", "-np", str(config.ranks), *_MPI, *_VARIABLES, *train(flags)]
-    worker: dict[str, Any] = {"name": "worker", "image": config.image}
+    worker: dict[str, Any] = {"name": "worker", "image": config.image, "workingDir": "/work",
+                              "command": ["hvdnoise-sshd"],
+                              "readinessProbe": {"tcpSocket": {"port": 2222}}}
     if config.device == "cuda":
         worker["resources"] = {"limits": {"nvidia.com/gpu": config.ranks_per_host}}
     manifest = {
@@ -87,18 +84,22 @@ def mpijob(config: PlanConfig, flags: Sequence[str]) -> str:
         "spec": {
             "slotsPerWorker": config.ranks_per_host,
             "launcherCreationPolicy": "WaitForWorkersReady",
+            "sshAuthMountPath": "/ssh",  # where the image looks for the operator's key
             "runPolicy": {"cleanPodPolicy": "Running"},
             "mpiReplicaSpecs": {
                 "Launcher": _replicas(1, {"name": "launcher", "image": config.image,
-                                          "command": command}),
+                                          "workingDir": "/work", "command": command}),
                 "Worker": _replicas(len(config.names), worker)}}}
     text: str = yaml.safe_dump(manifest, sort_keys=False, width=90)
     return ("# Files named in the command must be in the image or on a volume; give all pods one\n"
-            f"# for the data sets and the run folder.\n{text}")
+            "# for the data sets and the run folder, as launch/kubernetes/mpijob.yaml does.\n"
+            f"{text}")
 
 
 def _replicas(count: int, container: dict[str, Any]) -> dict[str, Any]:
-    return {"replicas": count, "template": {"spec": {"containers": [container]}}}
+    user = {"runAsNonRoot": True, "runAsUser": 1000, "fsGroup": 1000}
+    return {"replicas": count,
+            "template": {"spec": {"securityContext": user, "containers": [container]}}}
 
 
 def job_name(config: PlanConfig) -> str:

@@ -96,10 +96,25 @@ def environment(hosts: list[str], launcher: dict[str, int]) -> dict[str, Any]:
     """What environment.json says."""
     return {"versions": versions(), "mpi": _first_line("mpirun", "--version"),
             "git": _first_line("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
-            "image": os.environ.get("HVDNOISE_IMAGE_DIGEST"), "platform": platform.platform(),
+            "image": image(), "platform": platform.platform(),
             "command": sys.argv, "hosts": hosts, "ranks": len(hosts),
             "local_size": launcher["local_size"], "threads": torch.get_num_threads(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
+
+
+def image() -> dict[str, Any] | None:
+    """The container image that this runs in; None outside of one.
+
+    What it is made of stands in the image itself. Its own digest cannot: whoever starts the
+    container says it, in HVDNOISE_IMAGE.
+    """
+    try:
+        found: dict[str, Any] = json.loads(Path(sys.prefix, "image.json").read_text())
+    except (OSError, ValueError):
+        found = {}
+    if named := os.environ.get("HVDNOISE_IMAGE"):
+        found["digest"] = named
+    return found or None
 
 
 def _first_line(*command: str) -> str | None:

@@ -174,3 +174,19 @@ def test_plain_lines_say_how_far_and_how_long(caplog: Any) -> None:
     progress.Progress("lines", rank=1, total=40, done=10).show("from another rank")
     (record,) = caplog.records
     assert "[##########..........] step 20/40  loss 1.0  0:00 left" == record.getMessage()
+
+
+def test_the_environment_names_the_image(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(records.sys, "prefix", str(tmp_path))
+    monkeypatch.delenv("HVDNOISE_IMAGE", raising=False)
+
+    def image() -> Any:
+        return records.environment(["a"], {"local_size": 1})["image"]
+
+    assert image() is None  # not in a container
+    (tmp_path / "image.json").write_text('{"version": "1.2", "packages_sha256": "ab"}')
+    assert image() == {"version": "1.2", "packages_sha256": "ab"}
+    monkeypatch.setenv("HVDNOISE_IMAGE", "sha256:12")
+    assert image() == {"version": "1.2", "packages_sha256": "ab", "digest": "sha256:12"}
+    (tmp_path / "image.json").write_text("half a fi")
+    assert image() == {"digest": "sha256:12"}

@@ -1,0 +1,1 @@
+"""The trainer: settings, data, models, the loop, checkpoints, records."""
