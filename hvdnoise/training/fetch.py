@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import logging
 import os
+import socket
 import tarfile
 import threading
 import urllib.request
@@ -73,7 +74,7 @@ def prepare(config: DataConfig, world: World) -> None:
         DataError: on every rank alike, when any host failed, or when hosts hold different images.
     """
     cause: Exception | None = None
-    found: dict[str, str | None] = {"error": None, "content": None}
+    found: dict[str, str | None] = {"host": socket.gethostname(), "error": None, "content": None}
     if world.local_rank == 0:
         try:
             found["content"] = _prepare_here(config)
@@ -82,7 +83,7 @@ def prepare(config: DataConfig, world: World) -> None:
     everyone = world.gather_json(found, name="data.prepare")
     for rank, each in enumerate(everyone):
         if each["error"] is not None:
-            where = f" (rank {rank})" if rank else ""
+            where = f" (rank {rank} on {each['host']})" if rank else ""
             raise DataError(each["error"] + where) from cause
     contents = {each["content"]: rank for rank, each in enumerate(everyone) if each["content"]}
     if len(contents) > 1:

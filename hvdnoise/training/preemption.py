@@ -20,7 +20,8 @@ What launchers make of it (seen with Horovod 0.28.1 and Open MPI 4.1.8):
                                                   code 1
 
 Where the exit code does not tell, RUN/preempted.json does. ``horovodrun --mpi`` itself dies of a
-SIGTERM and leaves the ranks running: use mpirun.
+SIGTERM and leaves the ranks running. launch/horovodrun.sh and launch/mpirun.sh do better: they ask
+one rank, and pass 75 on.
 """
 
 from __future__ import annotations
