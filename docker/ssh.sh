@@ -32,9 +32,10 @@ the_key() { # prints its name
     printf '%s\n' "${keys%%$'\n'*}"
 }
 
-set_up() { # $own, in one piece
-    local key part
+set_up() ( # $own, in one piece, by one process at a time
+    flock 9
     key=$(the_key)
+    ! cmp -s "$key" "$own/id" || exit 0 # another ssh has just done it
     part=$(mktemp -d "$own.XXXXXX")
     install -m 600 "$key" "$part/id" # a mounted secret's mode is often too wide for ssh
     ssh-keygen -y -f "$part/id" >"$part/id.pub" || fail "$key is no private key without passphrase"
@@ -61,8 +62,8 @@ MaxStartups 1000
 SetEnv PATH=$PATH
 END
     rm -rf "$own"
-    mv -T "$part" "$own" 2>/dev/null || rm -rf "$part" # another ssh has just done it
-}
+    mv -T "$part" "$own"
+) 9>"$own.lock"
 
 case $(basename "$0") in
     ssh)

@@ -102,6 +102,26 @@ def test_a_smoke_test_that_is_ended_leaves_nothing() -> None:
         process.kill()
 
 
+def test_many_ssh_at_once_in_a_new_container(tmp_path: Path) -> None:
+    """The first makes the key and the settings that all of them read."""
+    if not os.access("/usr/bin/ssh", os.X_OK):
+        pytest.skip("no ssh (Debian: apt-get install openssh-client)")
+    for name in ("home", "keys"):
+        (tmp_path / name).mkdir()
+    shutil.copy(ROOT / "docker" / "ssh.sh", tmp_path / "ssh")
+    (tmp_path / "ssh").chmod(0o755)
+    env = {**os.environ, "HOME": str(tmp_path / "home"), "HVDNOISE_SSH": str(tmp_path / "keys")}
+    all_of_them = [subprocess.Popen([str(tmp_path / "ssh"), "-G", f"node{number}"], env=env,
+                                    text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                   for number in range(12)]
+    for number, each in enumerate(all_of_them):
+        said = each.communicate(timeout=60)[0]
+        assert each.returncode == 0, said
+        assert {f"hostname node{number}", "port 2222", "stricthostkeychecking true"} <= \
+            set(said.splitlines())
+    assert sorted(each.name for each in (tmp_path / "keys").iterdir()) == ["id_ed25519"]
+
+
 @pytest.mark.parametrize("arguments, env, said", [
     (["--variant", "tpu"], {}, "--variant is 'tpu'; give cpu or gpu"),
     (["--tag", "Image"], {}, "--tag is 'Image'; give a name and a tag"),
