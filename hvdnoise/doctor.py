@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from hvdnoise import comm
-from hvdnoise.training.records import versions
+from hvdnoise.training.records import first_line, versions
 
 OK, NOTE, BROKEN = "ok", "note", "BROKEN"
 Finding = tuple[str, str]  # verdict, text
@@ -116,8 +116,7 @@ def _mpi_version() -> str | None:
     path = shutil.which("mpirun", path=_path())
     if path is None:
         return None
-    said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
-    return said.splitlines()[0] if said else "says nothing"
+    return first_line(path, "--version") or "says nothing"
 
 
 def _gpus() -> Iterator[Finding]:

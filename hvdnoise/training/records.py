@@ -94,8 +94,8 @@ def code_digest() -> str:
 
 def environment(hosts: list[str], launcher: dict[str, int]) -> dict[str, Any]:
     """What environment.json says."""
-    return {"versions": versions(), "mpi": _first_line("mpirun", "--version"),
-            "git": _first_line("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
+    return {"versions": versions(), "mpi": first_line("mpirun", "--version"),
+            "git": first_line("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
             "image": image(), "platform": platform.platform(),
             "command": sys.argv, "hosts": hosts, "ranks": len(hosts),
             "local_size": launcher["local_size"], "threads": torch.get_num_threads(),
@@ -117,7 +117,8 @@ def image() -> dict[str, Any] | None:
     return found or None
 
 
-def _first_line(*command: str) -> str | None:
+def first_line(*command: str) -> str | None:
+    """Of what a program prints; None where it is not there, fails or takes long."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
