@@ -4,8 +4,9 @@ A linear layer of about 4 million numbers, Gloo, 2 and 4 ranks. What all ranks o
 over `lo`, divided by their number, is what one rank receives; what a host's only link receives is
 what crosses into the host. The steps that are counted come after some that are not, so start-up is
 not in it. Packet headers, acknowledgements and the coordinator's messages are, and come to about
-1%. Where root may, the ranks get a network of their own: else others' traffic is counted too, and
-a count that is off is taken again.
+1%. On a busy machine TCP sends anew what only was late (seen: up to 10% of a step), so the least of
+several steps counts, and a count that is off is taken again. Where root may, the ranks get a
+network of their own: else others' traffic is counted too.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tests.launcher import LAUNCHERS, launch
 
 TOLERANCE = 0.05
 SIDE = 2000  # of the layer
-STEPS = 2
+STEPS = 3
 GROUP = 2  # ranks
 NUMBERS = SIDE * SIDE + SIDE
 # name -> plan, options of DistributedOptimizer, precision
@@ -55,23 +56,24 @@ def received(interface: str) -> int:
     raise AssertionError(f"there is no interface {interface}")
 
 
-def count(interface: str, virtual_workers: int, names: list[str]) -> dict[str, float]:
-    """Bytes a step that the interface receives, of each case."""
+def count(interface: str, virtual_workers: int, names: list[str]) -> dict[str, int]:
+    """Bytes that the interface receives in a step, of each case: the least of STEPS steps."""
     from hvdnoise import comm
     world = comm.init(group_size=GROUP if "group" in names else None)
-    found = {}
+    found: dict[str, int] = {}
     for name in names:
         step = stepper(name, virtual_workers)
         for _ in range(2):  # agreements of the first step; deviations to displace by
             step()
         world.barrier("before")
-        before = received(interface)
-        world.barrier("begin")
+        each = []
         for _ in range(STEPS):
+            before = received(interface)
+            world.barrier("begin")
             step()
-        world.barrier("after")
-        found[name] = (received(interface) - before) / STEPS
-        world.barrier("read")
+            world.barrier("after")
+            each.append(received(interface) - before)
+        found[name] = min(each)
     comm.shutdown()
     return found
 
@@ -148,13 +150,13 @@ def predictions(names: list[str], shape: Shape, hosts: int, per_host: int) -> di
 def test_bytes_that_a_rank_receives(ranks: int, virtual_workers: int, launcher: str) -> None:
     shape = Shape(NUMBERS, ranks, virtual_workers, group_size=GROUP)
     todo = list(CASES)
-    for attempt in range(3):  # others may use lo at the same time, where it is not private
+    for _ in range(3):
         predicted = {name: each.received
                      for name, each in predictions(todo, shape, 1, ranks).items()}
         counted = launch(ranks, f"{__name__}:count", args=("lo", virtual_workers, todo),
                          launcher=launcher, timeout=200)[0]
         off = compare({name: value / ranks for name, value in counted.items()}, predicted)
-        if not off or launcher == "gloo-alone":
+        if not off:
             break
         todo = list(off)
     assert not off, off
