@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 from abc import ABC, abstractmethod
 from collections import Counter
 from typing import Any, Protocol, Sequence
@@ -103,19 +104,25 @@ def handshake(world: World, facts: dict[str, Any], *, name: str = "handshake") -
     """Check that all ranks hold the same ``facts``, comparing digests of fixed size.
 
     Raises:
-        ValueError: on every rank alike, naming the keys and the ranks that differ from rank 0.
+        ValueError: on every rank alike, naming the keys, the ranks that differ from rank 0, and
+            their hosts.
     """
     digests = {key: hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode())
                .hexdigest()[:32] for key, value in facts.items()}
-    everyone = world.gather_json(digests, name=name)
+    hosts, everyone = zip(*world.gather_json([socket.gethostname(), digests], name=name))
     wrong = {key: ranks for key in sorted({key for each in everyone for key in each})
              if (ranks := [rank for rank, each in enumerate(everyone)
                            if each.get(key) != everyone[0].get(key)])}
     if wrong:
-        text = "; ".join(f"{key} on rank {', '.join(map(str, ranks))}"
+        text = "; ".join(f"{key} on {', '.join(place(rank, hosts) for rank in ranks)}"
                          for key, ranks in wrong.items())
         raise ValueError(f"the ranks differ from rank 0: {text}; start all ranks with the same "
                          "command, files and versions")
+
+
+def place(rank: int, hosts: Sequence[str]) -> str:
+    """The rank in words, with its host where the ranks have several (``hosts``: of each rank)."""
+    return f"rank {rank} of {hosts[rank]}" if len(set(hosts)) > 1 else f"rank {rank}"
 
 
 def group_of(rank: int, size: int, group_size: int) -> range:

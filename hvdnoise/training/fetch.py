@@ -32,6 +32,7 @@ from urllib.error import URLError
 
 from hvdnoise.comm import World
 from hvdnoise.training.dataspec import DataConfig, DataError
+from hvdnoise.world import place
 
 _log = logging.getLogger(__name__)
 _PATIENCE_SECONDS = 5.0  # until a server answers: a missing data set is an error within 10 s
@@ -81,14 +82,15 @@ def prepare(config: DataConfig, world: World) -> None:
         except Exception as error:  # whatever it is, the other ranks must not wait for ever
             cause, found["error"] = error, _one_line(error, config)
     everyone = world.gather_json(found, name="data.prepare")
+    hosts = [each["host"] for each in everyone]
     for rank, each in enumerate(everyone):
         if each["error"] is not None:
-            where = f" (rank {rank} on {each['host']})" if rank else ""
+            where = f" ({place(rank, hosts)})" if rank else ""
             raise DataError(each["error"] + where) from cause
     contents = {each["content"]: rank for rank, each in enumerate(everyone) if each["content"]}
     if len(contents) > 1:
-        ranks = " and ".join(str(rank) for rank in sorted(contents.values())[:2])
-        raise DataError(f"the hosts of ranks {ranks} hold different images in {config.path}: "
+        ranks = " and ".join(place(rank, hosts) for rank in sorted(contents.values())[:2])
+        raise DataError(f"{ranks} hold different images in {config.path}: "
                         "give every host the same files, or a shared folder")
 
 

@@ -24,6 +24,7 @@ from hvdnoise.comm import World
 from hvdnoise.training import checkpoint, records
 from hvdnoise.training.config import ConfigError, TrainConfig, changes, flatten, identity
 from hvdnoise.training.progress import log
+from hvdnoise.world import place
 
 T = TypeVar("T")
 State = dict[str, Any]
@@ -36,9 +37,10 @@ def together(world: World, action: Callable[[], T]) -> T:
         value = action()
     except (ValueError, OSError) as problem:
         error = " ".join(str(problem).split())
-    for rank, text in enumerate(world.gather_json(error, name="together")):
+    hosts, errors = zip(*world.gather_json([socket.gethostname(), error], name="together"))
+    for rank, text in enumerate(errors):
         if text is not None:
-            raise ConfigError(text if rank == 0 else f"{text} (rank {rank})")
+            raise ConfigError(f"{text} ({place(rank, hosts)})" if rank else text)
     return value  # type: ignore[return-value]
 
 

@@ -290,7 +290,7 @@ def test_data_missing_on_one_host(tmp_path: Path) -> None:
                   str(tmp_path / "data"), "--run_dir", str(tmp_path / "run"), "--model",
                   "resnet18")
     assert ended.exit_code == 2 and not ended.leftovers, ended.report()
-    assert "(rank 1 on node2)" in error_lines(ended.output)[0]
+    assert "(rank 1 of node2)" in error_lines(ended.output)[0]
 
 
 # ---- while it runs

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from hvdnoise.training import loop, progress
+from hvdnoise.training import checkpoint, loop, progress
 from hvdnoise.training.checkpoint import CheckpointError
 from hvdnoise.training.config import ConfigError, TrainConfig
 from hvdnoise.training.options import parse
 from hvdnoise.training.validation import validate
+from hvdnoise.world import handshake
 from tests.fake_world import ThreadWorld, run_threads
 
 TINY = ["--data.dataset", "synthetic", "--data.num_examples", "48", "--data.image_size", "8",
@@ -247,6 +248,28 @@ def test_what_fails_on_one_rank_is_one_error_on_all(tmp_path: Path) -> None:
             loop.together(world, action)
         return str(caught.value)
     assert run_threads(3, work) == ["no space (rank 1)"] * 3
+
+
+def test_with_several_hosts_an_error_names_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = {f"rank {rank}": f"node{rank // 2 + 1}" for rank in range(4)}
+    monkeypatch.setattr("socket.gethostname", lambda: nodes[threading.current_thread().name])
+
+    def work(world: ThreadWorld) -> list[str]:
+        def fail() -> None:
+            if world.rank == 3:
+                raise OSError("no space")
+        said = []
+        for action in (lambda: handshake(world, {"torch": world.rank < 2}),
+                       lambda: loop.together(world, fail),
+                       lambda: checkpoint.together(world, "write", fail)):
+            with pytest.raises((ValueError, ConfigError, CheckpointError)) as caught:
+                action()
+            said.append(str(caught.value))
+        return said
+    for shaken, together, written in run_threads(4, work):
+        assert "rank 0: torch on rank 2 of node2, rank 3 of node2; start all" in shaken
+        assert together == "no space (rank 3 of node2)"
+        assert written.startswith("rank 3 of node2 could not write (OSError: no space)")
 
 
 def test_a_full_disk_at_a_checkpoint_is_an_error_on_all_ranks(tmp_path: Path,
