@@ -312,6 +312,7 @@ run() { # COMMAND...
     trap '' TERM INT HUP USR1
     for mark in $stopping $lost; do kill -- "-$mark" 2>/dev/null || true; done
     kill -KILL -- "-$launcher" 2>/dev/null || true # what it may have left in its group
+    [[ ! $lost ]] || ((status < 128)) || status=1 # it was killed, as the host was lost
     ((status == 0 || status == 2 || status == 75)) || sweep
 }
 
