@@ -164,8 +164,11 @@ look_inside() {
     containers history --no-trunc "$image" >"$work/seen"
     containers inspect --type image --format '{{json .Config}}' "$image" >>"$work/seen"
     check "no trace of this machine in its environment and history" empty "$(grep -oFf "$traces" "$work/seen" | sort -u || true)"
-    found=$(containers run --rm --network none --name "$name-look" --user 0:0 --volume "$traces:/traces:ro" --entrypoint bash "$image" -c \
-        'grep -rIlFf /traces /etc /opt /home /root /var /usr/local --exclude={hosts,hostname,resolv.conf} 2>/dev/null; true')
+    grep / "$traces" >"$traces.paths" # short names are in programs by chance
+    found=$(containers run --rm --network none --name "$name-look" --user 0:0 --volume "$traces:/traces:ro" \
+        --volume "$traces.paths:/paths:ro" --entrypoint bash "$image" -c '
+        where=(/etc /opt /home /root /var /usr/local --exclude={hosts,hostname,resolv.conf})
+        grep -rIlFf /traces "${where[@]}" 2>/dev/null; grep -rlaFf /paths "${where[@]}" 2>/dev/null; true')
     check "nor in its files" empty "$found"
 }
 

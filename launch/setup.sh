@@ -131,16 +131,18 @@ cuda_links() { # what CMake and Horovod look for and the wheels name otherwise
 }
 
 build_horovod() { # into $work/wheel
-    local source=$work/horovod-$horovod jobs path=$venv/bin:$PATH cuda
+    local source=$work/horovod-$horovod jobs path=$venv/bin:$PATH cuda names=''
     local pip=("$venv/bin/python" -m pip)
     jobs=$(awk '/MemAvailable/ { print int($2 / 2000000) + 1 }' /proc/meminfo) # 2 GB each
     jobs=$((jobs < $(nproc) ? jobs : $(nproc)))
+    # File names of this machine stay out of the library, and so every build is the same.
+    [[ $work$venv == *[[:space:],]* ]] || names="-ffile-prefix-map=$work=/build -ffile-prefix-map=$venv=/venv"
     if [[ $variant == gpu ]]; then
         cuda_links
         path=$site/nvidia/cu13/bin:$path
         cuda=(CUDACXX="$site/nvidia/cu13/bin/nvcc" CUDAToolkit_ROOT="$site/nvidia/cu13"
             HOROVOD_CUDA_HOME="$site/nvidia/cu13" HOROVOD_GPU_OPERATIONS=NCCL
-            HOROVOD_NCCL_HOME="$work/nccl" HOROVOD_NCCL_LINK=SHARED
+            HOROVOD_NCCL_HOME="$work/nccl" HOROVOD_NCCL_LINK=SHARED ${names:+CUDAFLAGS="-Xcompiler=${names/ /,}"}
             HOROVOD_BUILD_CUDA_CC_LIST="${HOROVOD_BUILD_CUDA_CC_LIST:-75,80,86,89,90,100,120}")
     else
         cuda=(CUDAToolkit_ROOT="$work/none") # whatever CUDA the machine may have
@@ -155,7 +157,7 @@ build_horovod() { # into $work/wheel
             HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 \
             HOROVOD_CMAKE="$venv/bin/cmake" HOROVOD_BUILD_ARCH_FLAGS="$cpu_flags" \
             CMAKE_POLICY_VERSION_MINIMUM=3.5 CMAKE_GENERATOR=Ninja CMAKE_BUILD_PARALLEL_LEVEL="$jobs" \
-            MAKEFLAGS="-j$jobs" LDFLAGS="${LDFLAGS:-} -s" \
+            MAKEFLAGS="-j$jobs" CXXFLAGS="${CXXFLAGS:-} $names" LDFLAGS="${LDFLAGS:-} -s" \
             "${pip[@]}" wheel --no-deps --no-build-isolation -w "$work/wheel" "$source"
 }
 

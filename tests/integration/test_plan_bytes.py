@@ -1,6 +1,6 @@
 """`hvdnoise plan`'s bytes against those that a network interface counts.
 
-A linear layer of about 4 million numbers, Gloo, 2 and 4 ranks. What all ranks of a machine receive
+A linear layer of about 2 million numbers, Gloo, 2 and 4 ranks. What all ranks of a machine receive
 over `lo`, divided by their number, is what one rank receives; what a host's only link receives is
 what crosses into the host. The steps that are counted come after some that are not, so start-up is
 not in it. Packet headers, acknowledgements and the coordinator's messages are, and come to about
@@ -26,7 +26,7 @@ from tests import cluster
 from tests.launcher import LAUNCHERS, launch
 
 TOLERANCE = 0.05
-SIDE = 2000  # of the layer
+SIDE = 1400  # of the layer
 STEPS = 3
 GROUP = 2  # ranks
 NUMBERS = SIDE * SIDE + SIDE

@@ -12,12 +12,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.launcher import MARKER, LaunchFailed, attempt, launch, processes_of
+from tests.launcher import MARKER, Ended, LaunchFailed, attempt, launch, processes_of
 
 pytestmark = [pytest.mark.parallel, pytest.mark.timeout(300, method="signal")]
 LAUNCHERS = ["gloo", "mpi", "mpirun"]
@@ -124,24 +125,28 @@ def test_a_rank_that_raises(launcher: str) -> None:
     assert "time limit" not in text and "--- rank 2:" in text
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_ranks_that_sleep_for_ever(launcher: str) -> None:
+def stuck(np: int, function: str, launchers: list[str], timeout: float) -> list[Ended]:
+    """How launches end at their time limit, all at the same time."""
+    def one(launcher: str) -> Ended:
+        return attempt(np, f"{HERE}:{function}", launcher=launcher, timeout=timeout, env=OWNER)
     started = time.monotonic()
-    ended = attempt(4, f"{HERE}:sleep_for_ever", launcher=launcher, timeout=10, env=OWNER)
+    with ThreadPoolExecutor() as pool:
+        all_of_them = list(pool.map(one, launchers))
     assert time.monotonic() - started < ENOUGH
-    assert ended.exit_code is None and "time limit" in ended.verdict()
-    for log in ended.logs.values():
-        assert "about to sleep" in log and "sleep_for_ever" in log  # said, and its stack
+    return all_of_them
 
 
-@pytest.mark.parametrize("launcher", ["gloo", "mpirun"])
-def test_a_rank_that_waits_in_a_collective(launcher: str) -> None:
-    started = time.monotonic()
-    ended = attempt(2, f"{HERE}:wait_in_a_collective_alone", launcher=launcher, timeout=20,
-                    env=OWNER)
-    assert time.monotonic() - started < ENOUGH
-    assert ended.exit_code is None
-    assert "in barrier" in ended.logs[0] and "in barrier" not in ended.logs[1]
+def test_ranks_that_sleep_for_ever() -> None:
+    for ended in stuck(4, "sleep_for_ever", LAUNCHERS, timeout=10):
+        assert ended.exit_code is None and "time limit" in ended.verdict()
+        for log in ended.logs.values():
+            assert "about to sleep" in log and "sleep_for_ever" in log  # said, and its stack
+
+
+def test_a_rank_that_waits_in_a_collective() -> None:
+    for ended in stuck(2, "wait_in_a_collective_alone", ["gloo", "mpirun"], timeout=20):
+        assert ended.exit_code is None
+        assert "in barrier" in ended.logs[0] and "in barrier" not in ended.logs[1]
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
