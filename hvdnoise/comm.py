@@ -22,9 +22,12 @@ from hvdnoise.launched import environment, launched
 from hvdnoise.watchdog import Watchdog, timeout_from_environment
 from hvdnoise.world import Finished, Handle, World, group_of, handshake
 
-__all__ = ["Finished", "Handle", "HorovodWorld", "World", "adasum_optimizer", "before_shutdown",
-           "build_report", "environment", "group_of", "handshake", "horovod_optimizer", "init",
-           "launched", "op_name", "shutdown"]
+__all__ = ["ALONE", "Finished", "Handle", "HorovodWorld", "World", "adasum_optimizer",
+           "before_shutdown", "build_report", "environment", "group_of", "handshake",
+           "horovod_optimizer", "init", "launched", "op_name", "shutdown"]
+
+# What Horovod reads where no launcher started this process.
+ALONE = {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo", "HOROVOD_GLOO_IFACE": "lo"}
 
 
 class _HorovodHandle:
@@ -201,9 +204,9 @@ def init(comm: Any = None, *, group_size: int | None = None) -> HorovodWorld:
         size = comm.Get_size() if comm is not None else environment()["size"]
         groups = [group_of(first, size, group_size) for first in range(0, size, group_size)] \
             if group_size is not None and 1 < group_size < size else []
-        if comm is None and not launched():  # alone: no MPI runtime to start, none is asked for
-            os.environ.setdefault("HOROVOD_CONTROLLER", "gloo")
-            os.environ.setdefault("HOROVOD_CPU_OPERATIONS", "gloo")
+        if comm is None and not launched():  # alone: it needs no MPI runtime and no network
+            for name, value in ALONE.items():
+                os.environ.setdefault(name, value)
         hvd.init(comm=comm, process_sets=[hvd.ProcessSet(ranks) for ranks in groups])
     return HorovodWorld()
 

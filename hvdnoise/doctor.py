@@ -171,7 +171,7 @@ def _launches(seconds: int) -> Iterator[Finding]:
 def _bounded(command: list[str], seconds: int) -> tuple[int | None, str]:
     """Exit code (None: ended at the limit) and output of a command in a session of its own."""
     env = {name: value for name, value in os.environ.items()
-           if name not in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS")}  # of this one rank
+           if name not in comm.ALONE}  # which are of this one rank
     env.update(PATH=_path(), OMP_NUM_THREADS="1")
     if os.geteuid() == 0:  # Open MPI asks root twice
         env.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")

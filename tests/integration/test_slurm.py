@@ -88,7 +88,7 @@ def test_a_preempted_job_goes_on_to_the_same_bits(slurm: Slurm, folder: Path) ->
 def test_the_time_limit_and_then_the_user_end_a_job(slurm: Slurm, folder: Path) -> None:
     """Before its time is over it saves and goes on later; cancelled, it saves and is over."""
     output = folder / "out.txt"
-    job = slurm.submit(*TASKS, "--time=1", "--signal=B:TERM@45", "--output=out.txt", SBATCH, "--",
+    job = slurm.submit(*TASKS, "--time=1", "--signal=B:TERM@35", "--output=out.txt", SBATCH, "--",
                        "--config", "endless.yaml", cwd=folder, **HOME)
     run = folder / "runs" / f"slurm-{job}"
     at_step(run, 1, output)
