@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.running import TINY, finished, hvdnoise
+from tests.cluster import why_not
+from tests.integration.running import HVDNOISE, TINY, finished, hvdnoise
 from tests.launcher import run_command
 
 PIECES = ("config.yaml", "environment.json", "metrics.jsonl", "summary.json", "weights.pt",
@@ -98,3 +99,22 @@ def test_the_doctor_says_what_works(tmp_path: Path) -> None:
     assert ended.exit_code == 0 and not ended.leftovers, ended.report()
     assert "an allreduce over 2 ranks gave the right sum" in ended.output
     assert ended.output.count("Python ") == 1 and not list(tmp_path.iterdir())
+
+
+NOWHERE = """
+echo nowhere >/proc/sys/kernel/hostname
+ip link set lo up
+exec env --unset=HOROVOD_GLOO_IFACE "$@"
+"""
+
+
+@pytest.mark.namespaces
+def test_a_host_that_does_not_know_its_own_name(tmp_path: Path) -> None:
+    """As in a container without a network: one process alone, and two ranks by each launcher."""
+    if reason := why_not():
+        pytest.skip(reason)
+    ended = run_command(1, ["unshare", "--uts", "--net", "bash", "-ec", NOWHERE, "bash", HVDNOISE,
+                            "doctor"], launcher="none", cwd=tmp_path)
+    assert ended.exit_code == 0 and not ended.leftovers, ended.report()
+    for said in ("over 1 rank", "horovodrun --gloo -np 2", "mpirun --oversubscribe -np 2"):
+        assert re.search(f"^ok .*{said}", ended.output, re.M), ended.report()
