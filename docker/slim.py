@@ -1,7 +1,8 @@
 """Leaves in an environment what `hvdnoise` needs to run: python slim.py ENVIRONMENT.
 
 Kept are the packages that hvdnoise asks for, and what these ask for. Tools that built and test
-them go, and so do headers, static libraries and torch's own tests.
+them go, and so do headers, static libraries, torch's own tests, and the folders of this build that
+pip has noted down.
 """
 
 from __future__ import annotations
@@ -44,6 +45,15 @@ def needed() -> set[str]:
     return {name for name, _ in seen}
 
 
+def forget_folders(environment: Path) -> None:
+    """Take away pip's notes of the folder that a package was installed from."""
+    for note in environment.glob("lib/*/site-packages/*.dist-info/direct_url.json"):
+        note.unlink()
+        record = note.with_name("RECORD")
+        lines = record.read_text().splitlines(keepends=True)
+        record.write_text("".join(line for line in lines if note.name not in line))
+
+
 def main(environment: Path) -> None:
     keep = needed()
     there = {canonicalize_name(each.metadata["Name"]) for each in distributions()}
@@ -53,6 +63,7 @@ def main(environment: Path) -> None:
         for path in list(environment.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     subprocess.run([*pip, "pip"], check=True)
+    forget_folders(environment)
 
 
 if __name__ == "__main__":
