@@ -4,9 +4,9 @@ A linear layer of about 2 million numbers, Gloo, 2 and 4 ranks. What all ranks o
 over `lo`, divided by their number, is what one rank receives; what a host's only link receives is
 what crosses into the host. The steps that are counted come after some that are not, so start-up is
 not in it. Packet headers, acknowledgements and the coordinator's messages are, and come to about
-1%. On a busy machine TCP sends anew what only was late (seen: up to 10% of a step), so the least of
-several steps counts, and a count that is off is taken again. Where root may, the ranks get a
-network of their own: else others' traffic is counted too.
+1%. On a busy machine TCP sends anew what only was late, so the least of several steps counts, and
+a count that is off is taken again. Where root may, the ranks get a network of their own: else
+others' traffic is counted too.
 """
 
 from __future__ import annotations
