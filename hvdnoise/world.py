@@ -99,6 +99,16 @@ class World(ABC):
         texts = self.allgather(text, name=f"{name}.texts").wait()
         return [json.loads(bytes(part.tolist())) for part in texts.split(sizes)]
 
+    def hosts(self) -> list[str]:
+        """The host name of every rank. Collective."""
+        return self.gather_json(socket.gethostname(), name="hvdnoise.hosts")
+
+    def places(self) -> list[str]:
+        """Every rank in words, with its host where there are several. Collective."""
+        hosts = self.hosts()
+        several = len(set(hosts)) > 1
+        return [f"rank {rank}" + f" of {host}" * several for rank, host in enumerate(hosts)]
+
 
 def handshake(world: World, facts: dict[str, Any], *, name: str = "handshake") -> None:
     """Check that all ranks hold the same ``facts``, comparing digests of fixed size.
@@ -109,20 +119,16 @@ def handshake(world: World, facts: dict[str, Any], *, name: str = "handshake") -
     """
     digests = {key: hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode())
                .hexdigest()[:32] for key, value in facts.items()}
-    hosts, everyone = zip(*world.gather_json([socket.gethostname(), digests], name=name))
+    everyone = world.gather_json(digests, name=name)
     wrong = {key: ranks for key in sorted({key for each in everyone for key in each})
              if (ranks := [rank for rank, each in enumerate(everyone)
                            if each.get(key) != everyone[0].get(key)])}
     if wrong:
-        text = "; ".join(f"{key} on {', '.join(place(rank, hosts) for rank in ranks)}"
+        places = world.places()
+        text = "; ".join(f"{key} on {', '.join(places[rank] for rank in ranks)}"
                          for key, ranks in wrong.items())
         raise ValueError(f"the ranks differ from rank 0: {text}; start all ranks with the same "
                          "command, files and versions")
-
-
-def place(rank: int, hosts: Sequence[str]) -> str:
-    """The rank in words, with its host where the ranks have several (``hosts``: of each rank)."""
-    return f"rank {rank} of {hosts[rank]}" if len(set(hosts)) > 1 else f"rank {rank}"
 
 
 def group_of(rank: int, size: int, group_size: int) -> range:

@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import socket
 from pathlib import Path
 from typing import Any, Callable
 
@@ -26,7 +25,6 @@ import torch
 from hvdnoise.comm import World
 from hvdnoise.training.fetch import digest
 from hvdnoise.training.progress import log
-from hvdnoise.world import place
 
 FORMAT = 1
 State = dict[str, Any]
@@ -139,13 +137,12 @@ def together(world: World, what: str, action: Callable[[], Any]) -> list[Any]:
         value = action()
     except (OSError, RuntimeError) as problem:  # torch.save raises RuntimeError on a full disk
         error = f"{type(problem).__name__}: {problem}".splitlines()[0]
-    hosts, values, errors = zip(*world.gather_json([socket.gethostname(), value, error],
-                                                   name=f"checkpoint.{what}"))
-    for rank, text in enumerate(errors):
+    everyone = world.gather_json([value, error], name=f"checkpoint.{what}")
+    for rank, (_, text) in enumerate(everyone):
         if text is not None:
-            raise CheckpointError(f"{place(rank, hosts)} could not write ({text}): free some "
+            raise CheckpointError(f"{world.places()[rank]} could not write ({text}): free some "
                                   "space or give another run_dir; earlier checkpoints are intact")
-    return list(values)
+    return [value for value, _ in everyone]
 
 
 # ---------------------------------------------------------------------- reading

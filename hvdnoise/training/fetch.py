@@ -16,7 +16,6 @@ import gzip
 import hashlib
 import logging
 import os
-import socket
 import tarfile
 import threading
 import urllib.request
@@ -32,7 +31,6 @@ from urllib.error import URLError
 
 from hvdnoise.comm import World
 from hvdnoise.training.dataspec import DataConfig, DataError
-from hvdnoise.world import place
 
 _log = logging.getLogger(__name__)
 _PATIENCE_SECONDS = 5.0  # until a server answers: a missing data set is an error within 10 s
@@ -75,21 +73,21 @@ def prepare(config: DataConfig, world: World) -> None:
         DataError: on every rank alike, when any host failed, or when hosts hold different images.
     """
     cause: Exception | None = None
-    found: dict[str, str | None] = {"host": socket.gethostname(), "error": None, "content": None}
+    found: dict[str, str | None] = {"error": None, "content": None}
     if world.local_rank == 0:
         try:
             found["content"] = _prepare_here(config)
         except Exception as error:  # whatever it is, the other ranks must not wait for ever
             cause, found["error"] = error, _one_line(error, config)
     everyone = world.gather_json(found, name="data.prepare")
-    hosts = [each["host"] for each in everyone]
     for rank, each in enumerate(everyone):
         if each["error"] is not None:
-            where = f" ({place(rank, hosts)})" if rank else ""
+            where = f" ({world.places()[rank]})" if rank else ""
             raise DataError(each["error"] + where) from cause
     contents = {each["content"]: rank for rank, each in enumerate(everyone) if each["content"]}
     if len(contents) > 1:
-        ranks = " and ".join(place(rank, hosts) for rank in sorted(contents.values())[:2])
+        places = world.places()
+        ranks = " and ".join(places[rank] for rank in sorted(contents.values())[:2])
         raise DataError(f"{ranks} hold different images in {config.path}: "
                         "give every host the same files, or a shared folder")
 

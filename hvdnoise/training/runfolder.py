@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import time
 from pathlib import Path
 from typing import Any, Callable, TypeVar
@@ -24,7 +23,6 @@ from hvdnoise.comm import World
 from hvdnoise.training import checkpoint, records
 from hvdnoise.training.config import ConfigError, TrainConfig, changes, flatten, identity
 from hvdnoise.training.progress import log
-from hvdnoise.world import place
 
 T = TypeVar("T")
 State = dict[str, Any]
@@ -37,10 +35,9 @@ def together(world: World, action: Callable[[], T]) -> T:
         value = action()
     except (ValueError, OSError) as problem:
         error = " ".join(str(problem).split())
-    hosts, errors = zip(*world.gather_json([socket.gethostname(), error], name="together"))
-    for rank, text in enumerate(errors):
+    for rank, text in enumerate(world.gather_json(error, name="together")):
         if text is not None:
-            raise ConfigError(f"{text} ({place(rank, hosts)})" if rank else text)
+            raise ConfigError(f"{text} ({world.places()[rank]})" if rank else text)
     return value  # type: ignore[return-value]
 
 
@@ -151,7 +148,7 @@ def open_folder(config: TrainConfig, world: World, model: nn.Module) -> Path:
     chosen = together(world, lambda: str(_make(config, model)) if world.rank == 0 else "")
     folder = Path(world.gather_json(chosen, name="run.folder")[0])
     together(world, lambda: records.start_logs(folder, world.rank))
-    hosts = world.gather_json(socket.gethostname(), name="run.hosts")
+    hosts = world.hosts()
 
     def describe() -> None:
         if world.rank == 0:
