@@ -19,12 +19,13 @@ import hashlib
 import os
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Iterable, Sequence
+from typing import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 LEAST_BUCKET_BYTES, MOST_BUCKET_BYTES = 2 ** 20, 25 * 2 ** 20
+Named = tuple[str, Tensor]
 BUCKETS = 4  # about so many, between the two
 
 
@@ -37,6 +38,7 @@ class Bucket:
     parameters: tuple[Tensor, ...]
     starts: tuple[int, ...]
     sizes: tuple[int, ...]
+    shapes: tuple[torch.Size, ...]
     strides: tuple[tuple[int, ...], ...]
     dtype: torch.dtype
     device: torch.device
@@ -52,8 +54,12 @@ class Bucket:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The parts of a flat tensor of shape (size,), one a parameter, in the shapes of those."""
-        return [flat[start:start + size].as_strided(p.shape, stride) for p, start, size, stride
-                in zip(self.parameters, self.starts, self.sizes, self.strides)]
+        return [self.view(flat, t) for t in range(len(self.sizes))]
+
+    def view(self, flat: Tensor, t: int) -> Tensor:
+        """The part of one parameter."""
+        part = flat[self.starts[t]:self.starts[t] + self.sizes[t]]
+        return part.as_strided(self.shapes[t], self.strides[t])
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,11 @@ class Layout:
     fingerprint: frozenset[object]  # what the layout was made for; another one asks for a new
     # of names, shapes, strides and dtypes: equal on all ranks, or they may not exchange
     digest: str
+
+    @property
+    def numbers(self) -> int:
+        """Numbers in all buckets."""
+        return sum(bucket.size for bucket in self.buckets)
 
     def places(self) -> dict[Tensor, tuple[int, int]]:
         """Parameter -> (bucket, place in the bucket)."""
@@ -102,16 +113,22 @@ def build_layout(named_parameters: Sequence[tuple[str, Tensor]], *, bucket_bytes
         parts = _split_evenly(backward_order, groups)
     else:
         parts = _split_by_group(backward_order, groups)
-    uniform = [same for part in parts for same in _split_by_kind(part)]
-    buckets = tuple(_bucket(index, part) for index, part in enumerate(uniform))
+    return _layout([same for part in parts for same in _split_by_kind(part)])
+
+
+def layout_of(names: Sequence[Sequence[str]], by_name: Mapping[str, Tensor]) -> Layout | None:
+    """The layout whose buckets hold the parameters of these names; None where one is unknown."""
+    if any(name not in by_name for part in names for name in part):
+        return None
+    return _layout([[(name, by_name[name]) for name in part] for part in names])
+
+
+def _layout(parts: Sequence[Sequence[Named]]) -> Layout:
+    buckets = tuple(_bucket(index, part) for index, part in enumerate(parts))
     text = repr([(b.names, [tuple(p.shape) for p in b.parameters], b.strides, str(b.dtype))
                  for b in buckets])
-    return Layout(buckets, fingerprint(p for _, p in trainable),
+    return Layout(buckets, fingerprint(p for part in parts for _, p in part),
                   hashlib.sha256(text.encode()).hexdigest()[:16])
-
-
-Named = tuple[str, Tensor]
-
 
 def _bucket(index: int, part: Sequence[Named]) -> Bucket:
     names, parameters = zip(*part)
@@ -119,7 +136,8 @@ def _bucket(index: int, part: Sequence[Named]) -> Bucket:
     starts = (0, *accumulate(sizes))[:-1]
     # without gaps: of a parameter that has some, the order only
     strides = tuple(torch.empty_like(p, device="meta").stride() for p in parameters)
-    return Bucket(index, names, parameters, starts, sizes, strides, parameters[0].dtype,
+    shapes = tuple(p.shape for p in parameters)
+    return Bucket(index, names, parameters, starts, sizes, shapes, strides, parameters[0].dtype,
                   parameters[0].device)
 
 

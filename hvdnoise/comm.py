@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 import socket
+import time
 import warnings
 import weakref
 from collections import Counter, defaultdict
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hvdnoise.launched import environment, launched
+from hvdnoise.ordering import FinishOrder
 from hvdnoise.watchdog import Watchdog, timeout_from_environment
 from hvdnoise.world import Finished, Handle, World, group_of, handshake
 
@@ -29,14 +31,27 @@ __all__ = ["ALONE", "Finished", "Handle", "HorovodWorld", "World", "adasum_optim
 # What Horovod reads where no launcher started this process.
 ALONE = {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo", "HOROVOD_GLOO_IFACE": "lo"}
 
+POLL_SECONDS = 0.0002
+
 
 class _HorovodHandle:
     def __init__(self, world: HorovodWorld, handle: Any, name: str, dtype: torch.dtype) -> None:
         self._world, self._handle, self._name, self._dtype = world, handle, name, dtype
 
-    def wait(self) -> Tensor:
+    def wait(self, poll: Callable[[], None] | None = None) -> Tensor:
         with self._world.watchdog.waiting_for(self._name):
-            result = self._world.hvd.synchronize(self._handle)
+            while poll is not None and not self.done():
+                poll()
+                time.sleep(POLL_SECONDS)
+            try:
+                result = self._world.hvd.synchronize(self._handle)
+            except RuntimeError as error:
+                if "with Join" in str(error):
+                    raise RuntimeError(
+                        f"{self._name!r} needs all ranks, and another one has called hvd.join(): "
+                        "give all ranks the same number of batches, or use a noise that needs only "
+                        'the allreduce, as GNC(source="own")') from error
+                raise
         tensor: Tensor = result[0] if isinstance(result, tuple) else result  # of an alltoall
         return tensor.view(self._dtype)
 
@@ -50,8 +65,8 @@ class _StagedHandle:
     def __init__(self, handle: Handle, device: torch.device, target: Tensor | None) -> None:
         self._handle, self._device, self._target = handle, device, target
 
-    def wait(self) -> Tensor:
-        result = self._handle.wait()
+    def wait(self, poll: Callable[[], None] | None = None) -> Tensor:
+        result = self._handle.wait(poll)
         if self._target is None:
             return result.to(self._device)
         return self._target.copy_(result.view(self._target.shape))
@@ -82,6 +97,7 @@ class HorovodWorld(World):
         self.watchdog = _watchdog(hvd.rank())
         self._shared_gpu: bool | None = None  # not known yet
         self._counts = _counts[self.process_set.process_set_id]
+        self._order = _orders[self.process_set.process_set_id]
 
     def allreduce_(self, tensor: Tensor, *, name: str, op: str = "average",
                    prescale: float = 1.0, postscale: float = 1.0) -> Handle:
@@ -169,6 +185,7 @@ def _horovod() -> Any:
 
 _watchdogs: dict[int, Watchdog] = {}
 _counts: defaultdict[int, Counter[str]] = defaultdict(Counter)  # by process set
+_orders: defaultdict[int, FinishOrder] = defaultdict(FinishOrder)
 
 
 def _watchdog(rank: int) -> Watchdog:

@@ -10,8 +10,9 @@ step, with ring or pairwise algorithms (what Gloo, Open MPI and NCCL use for lar
     gather-only   (R-1) V * itemsize * P                         the mean comes of the rows (I4)
     transpose     (R-1)/R * P * (V itemsize + itemsize + V n)    constant in R (I5)
 
-Memory of one rank beside weights, gradients and optimizer: V P for the rows or mixtures, P for the
-displaced weights, and what is in flight. Formulas: derived for this project.
+Memory of one rank beside weights, gradients and optimizer: V P for the rows or mixtures of each step
+of lag and of the step under way, and what is in flight. (The displaced weights, P, are gone before
+the last rows are there.) Formulas: derived for this project.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def bytes_received(plan: str, shape: Shape) -> float:
 def memory_bytes(plan: str, shape: Shape, *, lag: int = 1) -> float:
     """Bytes of one rank that GNC under this plan takes, at its peak, beside plain training."""
     R, V, P, full = shape.ranks, shape.virtual_workers, shape.numbers, shape.itemsize
-    kept = (V * max(1, lag) + 1) * full * P
+    kept = (V * (lag + 1) if lag else V + 1) * full * P
     sent = shape.noise_itemsize
     mine = 0 if sent == full else V * sent * P  # in 16 bits, what is sent is a copy
     in_flight = {"own": 0.0, "allgather": R * V * sent * P + mine, "gather-only": R * V * full * P,

@@ -1,211 +1,452 @@
-"""Weights that are displaced from the forward to the end of its backward, and clean elsewhere.
+"""A training forward sees p + delta; the parameter p itself never moves.
 
-The clean weights are never written: while displaced, ``parameter.data`` points at a second buffer,
-and afterwards at the clean tensor again, so restoration is exact whatever the noise was. Memory:
-one P for the second buffer.
+The displaced weight is the ordinary autograd expression ``p + delta``, whose gradient is p's. A
+module sees it where it reads its weight by name (``self.weight``) during a call that trains:
 
-The model is not an argument of an optimizer, so it is found: a hook that sees every module's call
-notices the outermost modules that hold the parameters, hooks those, and removes itself when all
-parameters are covered. While the weights are displaced
+- The call decides: in training mode, with gradients enabled. Everything inside it, in its thread,
+  sees p + delta; every other call sees p. Inside a backward pass, where activation checkpoints
+  compute a forward again, reading gives what the forwards of the pass saw.
+- Everything else sees p, at every moment and in every thread: ``parameters()``, ``state_dict()``,
+  ``p.grad``, ``p.data``, copies, pickles.
 
-- a forward pass in evaluation mode, or without gradients, sees the clean weights;
-- ``state_dict()`` gives the clean weights (the tensors themselves, as ever), and so does a deep
-  copy of the model; pickling the model itself raises an error;
-- ``load_state_dict()``, and an exception in the forward, end the displacement.
+Autograd holds the displaced tensors, so nothing depends on when backward comes, or how often.
 
-Buffers, such as BatchNorm's running statistics, belong to the forward pass that updates them: with
-lag 1 they average over displaced weights. The second pass of lag 0 leaves no trace in them.
+Two things are put on a module for it. Its ``_parameters`` become a dict that knows the thread's
+calls (`_Parameters`). Its calls go through a `_Call`, which stands in ``_compiled_call_impl``: where
+``module.compile()`` puts its function, and what torch asks first. A ``finally`` there ends the call
+whatever ends it, and copies and pickles of the module leave it out.
+
+An optimizer is not told its model. So until its first step is taken, a global hook sees every call,
+and whoever holds one of its parameters is watched, with the modules below. The calls that are found
+so are under way already: they last while their frame does. A parameter that gets a gradient though
+no module that holds it was called is seen as it is: a warning names it.
+
+Memory: one tensor for each parameter, from the forward until autograd needs it no more.
 """
 
 from __future__ import annotations
 
-import copy
+import functools
 import sys
+import threading
 import warnings
 import weakref
-from typing import Any, Callable, Sequence
+from types import FrameType
+from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils.weak import TensorWeakRef
 
 
-class _Hook:
-    """A module hook that dies with its target and survives copying and pickling the module.
+class Term(NamedTuple):
+    """A parameter's delta: ``factor * unit``; ``worker`` counts this rank's."""
 
-    ``module.compile()`` compiles the calls of hooks too, and loses what they do to ``p.data``.
-    """
-
-    def __init__(self, target: Any, method: str) -> None:
-        self._target: Callable[[], Any] = weakref.ref(target)
-        self._method = method
-        self._call_eagerly = torch.compiler.disable(self._call)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        self._call_eagerly(*args, **kwargs)
-
-    def _call(self, *args: Any, **kwargs: Any) -> None:
-        target = self._target()
-        if target is not None:
-            getattr(target, self._method)(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        target = self._target()
-        if target is not None:
-            target.copy_clean(memo)
-        return self
-
-    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
-        target = self._target()
-        if target is not None and target.displaced:
-            raise RuntimeError("between forward and backward the weights are displaced: save the "
-                               "model's state_dict(), which is always clean, or save after "
-                               "backward()")
-        return _nothing, ()
+    unit: Tensor
+    factor: float
+    worker: int
 
 
-def _nothing() -> Callable[..., None]:
-    """What a pickled hook comes back as."""
-    return _do_nothing
+_current_graph_task_id = torch._C._current_graph_task_id  # -1 outside of backward passes
 
 
-def _do_nothing(*args: Any, **kwargs: Any) -> None:
-    return None
+class _Thread(threading.local):
+    """The calls under way in this thread."""
+
+    displaced: tuple[_Displaced, ...] = ()  # those that train, one for each optimizer
+    depth = 0  # of `_Call`s
+    inside = False  # a call of a watched module is under way; what is compiled asks
+
+
+_thread = _Thread()
+
+
+class _Parameters(dict[str, Any]):
+    """A module's ``_parameters``: read by name, what the thread's call sees; else as they are."""
+
+    def __getitem__(self, name: str) -> Any:
+        p = dict.__getitem__(self, name)
+        for displaced in _thread.displaced:
+            if p in displaced.terms and displaced.lasts():
+                return displaced[p]
+        if _thread.depth or torch.compiler.is_compiling():
+            return p
+        if _current_graph_task_id() != -1 and torch.is_grad_enabled():
+            return _seen_in_forward(p)
+        return p
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """A displaced weight that is put back stands for its parameter (``functional_call``)."""
+        dict.__setitem__(self, name, getattr(value, "_hvdnoise_parameter", value))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        from copy import deepcopy
+        memo[id(self)] = copied = {}
+        copied.update({name: deepcopy(p, memo) for name, p in self.items()})
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+class _Displaced(dict[Tensor, Tensor]):
+    """What one call sees of one optimizer's parameters; made when first asked for."""
+
+    def __init__(self, watch: ModelWatch, terms: Mapping[Tensor, Term],
+                 frame: FrameType | None = None) -> None:
+        super().__init__()
+        self.watch, self.terms, self._frame = watch, terms, frame
+
+    def lasts(self) -> bool:
+        """Whether the call is under way, where no `_Call` will say that it has ended."""
+        frame: FrameType | None = sys._getframe(1) if self._frame is not None else None
+        while frame is not None and frame is not self._frame:
+            frame = frame.f_back
+        return frame is self._frame
+
+    def __missing__(self, p: Tensor) -> Tensor:
+        self[p] = displaced = self.watch.displaced(p, self.terms[p])
+        return displaced
+
+
+def _check_unchanged(calls: Sequence[_Displaced]) -> None:
+    """Raise where a forward has written into a displaced weight, and so not into p."""
+    for call in calls:
+        for p, displaced in call.items():
+            if displaced is not p and displaced._version:
+                raise RuntimeError(
+                    f"the forward changes the weight {call.watch.name(p)} in place, and with noise "
+                    "on the weights the change would be lost: change it outside of the forward "
+                    "(nn.Embedding: without max_norm)")
+
+
+class _Call:
+    """The call of a module that holds parameters of one or more optimizers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        _keep_from_compiler()
+        self.module = module  # no weak one: torch.compile would take all modules for the first
+        self.compiled = module.__dict__.get("_compiled_call_impl")
+        self.watches: weakref.WeakSet[ModelWatch] = weakref.WeakSet()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and _thread.inside:
+            return self._call(*args, **kwargs)  # what is traced runs inside of a call
+        return self._enter(*args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.compiled or self.module._call_impl)(*args, **kwargs)
+
+    def _enter(self, *args: Any, **kwargs: Any) -> Any:
+        if _current_graph_task_id() != -1:
+            return self._call(*args, **kwargs)
+        before, mine = _uncompiled(_Call._begin)(self, args, kwargs)
+        try:
+            _thread.displaced, _thread.inside = (*before, *mine), True
+            _thread.depth += 1
+            result = self._call(*args, **kwargs)
+        finally:
+            _thread.depth -= 1
+            _thread.displaced, _thread.inside = before, _thread.depth > 0
+        _uncompiled(_check_unchanged)(mine)
+        return result
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]
+               ) -> tuple[tuple[_Displaced, ...], list[_Displaced]]:
+        """The calls under way around this one, and this one for those whom it is new."""
+        before = tuple(each for each in _thread.displaced if each.lasts())
+        known = {displaced.watch for displaced in before}
+        return before, [displaced for watch in self.watches if watch not in known
+                        and (displaced := watch.enter(self.module, args, kwargs)) is not None]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+@functools.cache
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, run as it is also in compiled code."""
+    disabled: Callable[..., Any] = torch.compiler.disable(function)
+    return disabled
+
+
+@functools.cache
+def _keep_from_compiler() -> None:
+    """torch.compile is to run `_enter` as it is, and to go on with the module that it calls."""
+    torch.compiler.disable(_Call._enter, recursive=False)
+
+
+def _seen_in_forward(p: Tensor) -> Tensor:
+    """What the forwards of the backward pass under way saw of a parameter."""
+    for watch in list(_watches):
+        term = watch.recomputed(p)
+        if term is not None:
+            return watch.displaced(p, term)
+    return p
+
+
+_watches: weakref.WeakSet[ModelWatch] = weakref.WeakSet()
 
 
 class ModelWatch:
-    """Finds the modules that hold the parameters, and swaps their weights."""
+    """The calls of the modules that hold an optimizer's parameters.
 
-    def __init__(self, parameters: Sequence[Tensor], before_training_forward: Callable[[], None]
-                 ) -> None:
-        """``before_training_forward`` may call `displace`; it is called before each outermost
-        forward in training mode with gradients."""
-        # leading dimension of the first tensor, summed over the training forwards of a worker
-        self.examples = 0
-        self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._before_training_forward = before_training_forward
-        self._swapped: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, clean, displaced
-        self._paused = False
-        self._first = True
-        self._depth = 0
-        self._uncovered: set[Tensor] = set()
-        self._handles: list[Any] = []
-        self._discovery: Any = None
-        self.watch(parameters)
+    Args:
+        terms: asked at the outermost call that trains: the delta of each parameter that is to be
+            displaced now.
+        names: of the parameters, for messages; parameters may be added.
+        displaces: whether there will ever be a delta.
+        in_eval: whether calls in evaluation mode, with gradients enabled, train too.
+    """
+
+    def __init__(self, terms: Callable[[], Mapping[Tensor, Term]], names: Mapping[Tensor, str], *,
+                 displaces: bool = True, in_eval: bool = False) -> None:
+        self._terms, self._names = terms, names
+        self._displaces, self._in_eval = displaces, in_eval
+        self._modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._parameters: set[Tensor] = set()
+        self._not_found: set[Tensor] = set()  # parameters whose modules have not been called
+        self._lost: set[Tensor] = set()  # those of them that have got a gradient
+        self._made: dict[Tensor, tuple[TensorWeakRef, tuple[Any, ...]]] = {}
+        self._due: Mapping[Tensor, Term] = {}  # what `terms` gave last
+        self._seen: dict[Tensor, Term] = {}  # by the last forward that trained each parameter
+        # parameters whose displaced weight has got a gradient in the pass under way
+        self._reached: dict[Tensor, Term] = {}
+        self._in_eval_mode: weakref.WeakKeyDictionary[nn.Module, None] = weakref.WeakKeyDictionary()
+        self._sizes: list[int] = []
+        self._last_size = 0
+        _watches.add(self)
+        weakref.finalize(self, _unhook).atexit = False
+
+    def name(self, p: Tensor) -> str:
+        """The parameter's name."""
+        return self._names.get(p, f"of shape {tuple(p.shape)}")
+
+    # ------------------------------------------------------------------ finding the modules
 
     def watch(self, parameters: Sequence[Tensor]) -> None:
-        """Look for the modules of these parameters too."""
-        known = {p for root in self.roots for p in root.parameters()}
-        self._uncovered |= set(parameters) - known
-        if self._uncovered and self._discovery is None:
-            # a compiled module would warn about the short-lived global hook
-            warnings.filterwarnings("ignore", message=".*torch.compile.* when there are global")
-            self._discovery = nn.modules.module.register_module_forward_pre_hook(
-                _Hook(self, "_discover"))
+        """Watch the modules of these parameters too, and those compiled in place since."""
+        new = set(parameters) - self._parameters
+        if new:
+            self._parameters |= new
+            self._not_found |= new
+            _search(self)
+        for module in self._modules:
+            if not isinstance(module.__dict__.get("_compiled_call_impl"), _Call):
+                self._wrap(module)
 
-    def close(self) -> None:
-        """Restore the weights and remove every hook."""
-        self.restore()
-        for handle in [*self._handles, *([self._discovery] if self._discovery else [])]:
-            handle.remove()
-
-    @property
-    def displaced(self) -> bool:
-        """Whether the weights are displaced."""
-        return bool(self._swapped)
-
-    def displace(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Point each parameter at its displaced weights: (parameter, displaced tensor)."""
-        assert not self._swapped
-        self._swapped = [(p, p.data, displaced) for p, displaced in pairs]
-        self._point(displaced=True)
-
-    def restore(self) -> None:
-        """Point every parameter at its clean weights again."""
-        if self._swapped:
-            self._point(displaced=False)
-            self._swapped, self._paused = [], False
-
-    def reset(self) -> None:
-        """A new step begins: whatever forward pass broke off is over."""
-        self.restore()
-        self._depth = 0
-
-    def begin_worker(self) -> None:
-        """The next training forward is the first of another worker."""
-        self._first = True
-
-    def copy_clean(self, memo: dict[int, Any]) -> None:
-        """Put clean copies of displaced parameters into a ``copy.deepcopy`` under way."""
-        for p, clean, _ in self._swapped:
-            if id(p) not in memo:
-                copy.deepcopy(p, memo)
-            memo[id(p)].data = clean.clone()
-
-    def _point(self, *, displaced: bool) -> None:
-        for p, clean, other in self._swapped:
-            p.data = other if displaced else clean
-        torch.clear_autocast_cache()  # autocast keeps low-precision copies of parameters
-
-    def _discover(self, module: nn.Module, args: Any) -> None:
-        if module in self.roots or self._uncovered.isdisjoint(module.parameters()):
+    def found(self, module: nn.Module) -> None:
+        """A module is called: watch it and all below, if it holds parameters."""
+        if module in self._modules or self._parameters.isdisjoint(module.parameters()):
             return
-        self.roots.add(module)
-        self._uncovered -= set(module.parameters())
-        if not self._uncovered:
-            self._discovery.remove()
-            self._discovery = None
-        self._handles += [
-            module.register_forward_pre_hook(_Hook(self, "_enter"), with_kwargs=True),
-            module.register_forward_hook(_Hook(self, "_leave"), with_kwargs=True,
-                                         always_call=True)]
-        for owner in module.modules():
-            self._handles += [
-                owner.register_state_dict_post_hook(_Hook(self, "_clean_state")),
-                owner.register_load_state_dict_pre_hook(_Hook(self, "_before_load"))]
-        self._enter(module, args, {})  # this call collected its hooks before there were ours
+        holders = [each for each in module.modules() if isinstance(each._parameters, dict)
+                   and not self._parameters.isdisjoint(each.parameters())]
+        for each in holders:
+            if not isinstance(each._parameters, _Parameters):
+                each.__dict__["_parameters"] = _Parameters(each._parameters)
+            self._not_found -= set(each._parameters.values())
+        # A parametrized weight may be read anywhere: its computation is no call of a model.
+        inner = {m for each in holders if isinstance(each, ParametrizationList)
+                 for m in each.modules()}
+        for each in holders:
+            if each not in inner:
+                self._wrap(each)
+        weakref.finalize(self, _release, [weakref.ref(each) for each in holders]).atexit = False
+        if module in self._modules and not any(
+                displaced.watch is self and displaced.lasts() for displaced in _thread.displaced):
+            self._enter_under_way(module)
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module not in self.roots:  # a copy of the model
-            return
-        self._depth += 1
-        if self._depth > 1:
-            return
-        if module.training and torch.is_grad_enabled():
-            self._before_training_forward()
-        elif self._swapped:
-            self._point(displaced=False)
-            self._paused = True
+    def _enter_under_way(self, module: nn.Module) -> None:
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None and frame.f_code.co_filename != nn.modules.module.__file__:
+            frame = frame.f_back
+        assert frame is not None
+        call = frame.f_locals  # of torch's own code, which tells a global hook no kwargs
+        displaced = self.enter(module, call.get("args", ()), call.get("kwargs", {}), frame)
+        if displaced is not None:
+            _thread.displaced += (displaced,)
+        _thread.inside = True
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
-               output: Any) -> None:
-        if module not in self.roots:
-            return
-        self._depth -= 1
-        if self._depth > 0:
-            return
-        if self._paused:
-            self._point(displaced=True)
-            self._paused = False
-        elif output is None and sys.exc_info()[0] is not None:  # the forward raised
-            self.restore()
-        elif module.training and torch.is_grad_enabled():
-            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()]
-            seen = len(tensors[0]) if tensors else 0
-            self.examples = seen if self._first else self.examples + seen
-            self._first = False
+    def _wrap(self, module: nn.Module) -> None:
+        call = module.__dict__.get("_compiled_call_impl")
+        if not isinstance(call, _Call):
+            call = module.__dict__["_compiled_call_impl"] = _Call(module)
+        call.watches.add(self)
+        self._modules.add(module)
 
-    def _clean_state(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-        clean = {p: weight for p, weight, _ in self._swapped}
-        for name, p in module._parameters.items():
-            if p in clean and prefix + name in state:
-                state[prefix + name] = clean[p]
+    # ------------------------------------------------------------------ calls
 
-    def _before_load(self, module: nn.Module, *_: Any) -> None:
-        if not {p for p, _, _ in self._swapped}.isdisjoint(module.parameters()):  # not for a copy
-            self.restore()
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+              frame: FrameType | None = None) -> _Displaced | None:
+        """A module is called, in no call that trains; what it sees, if this call trains."""
+        if not torch.is_grad_enabled():
+            return None
+        mine = [p for p in module.parameters() if p in self._parameters]
+        if not (module.training or self._in_eval):
+            self._in_eval_mode.setdefault(module)  # the outermost comes first
+            for p in mine:
+                self._seen.pop(p, None)
+            return None
+        self._sizes.append(_leading_size(args, kwargs))
+        due = self._terms()
+        if due is not self._due:
+            self._due = due
+            self._made.clear()
+        displaced = _Displaced(self, due, frame)
+        for p in mine:  # before the forward: a compiled one could not
+            if p in due:
+                displaced[p]
+        return displaced
+
+    def displaced(self, p: Tensor, term: Term) -> Tensor:
+        """p + delta; the same tensor again, while autograd holds it and neither has changed."""
+        if not p.requires_grad:
+            return p
+        key = p._version, p.data_ptr()
+        made, key_then = self._made.get(p, (None, None))
+        displaced = made() if made is not None and key_then == key else None
+        if displaced is None or displaced._version:
+            with torch.inference_mode(False), torch.enable_grad():
+                displaced = torch.add(p, term.unit.to(p), alpha=term.factor)
+            reference = weakref.ref(self)
+            displaced.register_hook(lambda grad: _note_reached(reference, p, term))
+            displaced._hvdnoise_parameter = p  # type: ignore[attr-defined]
+            self._made[p] = TensorWeakRef(displaced), key
+        self._seen[p] = term
+        return displaced
+
+    def recomputed(self, p: Tensor) -> Term | None:
+        """The delta that the forwards of the pass under way saw."""
+        return self._seen.get(p)
+
+    # ------------------------------------------------------------------ backward passes
+
+    def note_gradient(self, p: Tensor) -> None:
+        """Backward has given a parameter a gradient."""
+        if p in self._not_found:
+            self._lost.add(p)
+
+    def reached(self, p: Tensor) -> Term | None:
+        """The delta of the displaced weight that has got a gradient in the pass under way."""
+        return self._reached.get(p)
+
+    def why_not(self, p: Tensor) -> str:
+        """Why the gradient of a parameter is not of its displaced weight, and the remedy."""
+        for module in self._in_eval_mode:
+            if any(q is p for q in module.parameters()):
+                return (f"{type(module).__name__} was called in evaluation mode: call "
+                        f"train() on it, or pass noise_in_eval=True")
+        return ("no call of its module was seen that trains: call the module itself, not its "
+                "forward() or a function of its weights, and compile the model, not a function "
+                "around it")
+
+    def examples(self, *, repeated: bool) -> int:
+        """Examples of the pass under way: the leading dimension that its calls agree on.
+
+        Args:
+            repeated: whether a pass without calls of its own has the examples of the one before.
+
+        Returns:
+            -1 where no call had a tensor that would tell.
+
+        Raises:
+            ValueError: where calls disagree.
+        """
+        sizes = sorted({size for size in self._sizes if size >= 0})
+        if len(sizes) > 1:
+            raise ValueError(f"the modules were called with {' and '.join(map(str, sizes))} "
+                             "examples in one backward pass: pass batch_size= (examples per "
+                             "worker) to the noise")
+        if self._sizes:
+            return sizes[0] if sizes else -1
+        return self._last_size if repeated else 0
+
+    def end_pass(self) -> None:
+        """A backward pass is through."""
+        if self._lost and self._displaces:
+            names = sorted(self.name(p) for p in self._lost)
+            warnings.warn(f"no module that holds {', '.join(names[:5])}"
+                          f"{' and others' if len(names) > 5 else ''} was called: such parameters "
+                          "are not displaced; register them in a module (nn.ParameterList), call "
+                          "that, and use no ScriptModule", stacklevel=2)
+        self._not_found -= self._lost
+        self._lost.clear()
+        if self._sizes:
+            self._last_size = self._sizes[-1]
+        self._sizes = []
+        self._reached.clear()
+        self._in_eval_mode.clear()
+
+    def end_step(self) -> None:
+        """A step was taken: nothing of it counts any more."""
+        _thread.inside = _thread.depth > 0
+        if not self._not_found:
+            _found(self)
+        self._last_size = 0
+        self._due, self._seen = {}, {}
+        self._made.clear()
 
     def normalization_statistics(self) -> list[tuple[Tensor, Tensor]]:
         """(buffer, copy) of everything that forward passes in training mode write."""
-        return [(buffer, buffer.clone()) for root in self.roots for module in root.modules()
+        return [(buffer, buffer.clone())
+                for module in {each for top in self._modules for each in top.modules()}
                 if getattr(module, "track_running_stats", False)
                 for buffer in module.buffers(recurse=False)]
+
+
+def _note_reached(reference: weakref.ref[ModelWatch], p: Tensor, term: Term) -> None:
+    watch = reference()
+    if watch is not None:
+        watch._reached[p] = term
+
+
+def _leading_size(args: Iterable[Any], kwargs: Mapping[str, Any]) -> int:
+    """Of the first tensor that has dimensions; -1: there is none."""
+    return next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()),
+                -1)
+
+
+_searching: weakref.WeakSet[ModelWatch] = weakref.WeakSet()
+_hooks: list[Any] = []  # the global one, while anybody searches
+
+
+def _search(watch: ModelWatch) -> None:
+    _searching.add(watch)
+    if not _hooks:
+        # a compiled module would warn about the short-lived global hook
+        warnings.filterwarnings("ignore", message=".*torch.compile.* when there are global")
+        _hooks.append(nn.modules.module.register_module_forward_pre_hook(_is_called))
+
+
+def _found(watch: ModelWatch) -> None:
+    _searching.discard(watch)
+    _unhook()
+
+
+def _unhook() -> None:
+    while _hooks and not _searching:
+        _hooks.pop().remove()
+
+
+def _is_called(module: nn.Module, args: Any) -> None:
+    if not (torch.compiler.is_compiling() and _thread.inside):
+        _uncompiled(_look_at)(module)
+
+
+def _look_at(module: nn.Module) -> None:
+    for watch in list(_searching):
+        watch.found(module)
+
+
+def _release(modules: list[weakref.ref[nn.Module]]) -> None:
+    """Take from the modules what no optimizer needs any more."""
+    for reference in modules:
+        module = reference()
+        call = module.__dict__.get("_compiled_call_impl") if module is not None else None
+        if module is not None and isinstance(call, _Call) and not list(call.watches):
+            module.__dict__["_compiled_call_impl"] = call.compiled
+            module.__dict__["_parameters"] = dict(module._parameters)

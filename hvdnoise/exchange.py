@@ -11,8 +11,8 @@ All of it is there when `finish` returns, but with lag 2 mixtures and statistics
 their way until the next step's `finish` returns.
 
 Gathered rows in flight are limited to `hvdnoise.costs.IN_FLIGHT_BYTES`, or one bucket. Memory
-beside the gradients themselves (which live in ``reduced``): V * P for the rows, twice that with
-lag 2, and what is in flight.
+beside the gradients themselves (which live in ``reduced``): the rows, V * P for each exchange, which
+their `Sighting` owns, and what is in flight.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from hvdnoise.comm import Handle, World, before_shutdown, handshake
 from hvdnoise.costs import IN_FLIGHT_BYTES
 from hvdnoise.mixing import Buffers, Wire
 from hvdnoise.observation import Sighting
+from hvdnoise.ordering import FinishOrder
 from hvdnoise.plans import PLANS, Traveller, into
 from hvdnoise.sparse import SparseGradients
 from hvdnoise.traffic import Traffic, Trip
@@ -42,7 +43,7 @@ class Options:
 
     Attributes:
         keep_rows: whether each worker's own gradient is wanted beside the mean.
-        row_sets: how many steps' rows are in use at a time.
+        lag: how many steps mixtures and statistics may take.
         plan, precision: of mixtures (hvdnoise.costs).
         peers: the ranks among which rows are gathered; default all.
     """
@@ -52,7 +53,7 @@ class Options:
     gradient_predivide_factor: float = 1.0
     sparse_as_dense: bool = False
     keep_rows: bool = False
-    row_sets: int = 1
+    lag: int = 1
     plan: str = "own"
     precision: str = "fp32"
     peers: World | None = None
@@ -65,10 +66,8 @@ class _Place:
     bucket: Bucket
     reduced: Tensor
     views: list[Tensor]
-    rows: list[Tensor]  # (V, N), one a row set
-    row_views: list[list[list[Tensor]]]  # by row set, worker, parameter
     missing: set[int] = field(default_factory=set)  # places not captured yet in this pass
-    sparse: dict[int, int] = field(default_factory=dict)  # places whose gradient came sparse: dims
+    sparse: set[int] = field(default_factory=set)  # places whose gradient came sparse
 
 
 class _Reduction:
@@ -97,37 +96,36 @@ class Exchange:
     """The buffers and collectives of one layout; used over and over, step by step."""
 
     def __init__(self, world: World, layout: Layout, options: Options, num_local: int,
-                 facts: dict[str, Any], sparse: dict[Tensor, str], label: str) -> None:
+                 facts: dict[str, Any], sparse: dict[Tensor, str], label: str,
+                 order: FinishOrder | None = None) -> None:
         """``sparse``: parameters outside the layout, with their names, that travel sparse;
-        ``label``: what the names of the buckets begin with."""
+        ``label``: what the names of all its collectives begin with; ``order``: in which the
+        exchanges of several optimizers are waited for."""
         self.world, self.layout, self.options, self.num_local = world, layout, options, num_local
         self.seconds = 0.0  # waited for the last exchange
         self._waited = 0.0  # and ever, until its end
         self.found_sparse: set[str] = set()  # names that some rank found sparse in the layout
         self.buffers = Buffers()
-        self._label = label
+        self.label, self._order = label, order
         self._peers = options.peers or world
         self._facts = dict(facts, parameters=layout.digest, sparse=sorted(sparse.values()),
                            exchange=[options.plan, self._peers.size, options.precision])
         self._places = [self._place(bucket) for bucket in layout.buckets]
         self._where = layout.places()
         self._agreed = False
-        self._sparse = SparseGradients(world, sparse, op=options.op,
+        self._sparse = SparseGradients(world, sparse, op=options.op, label=label,
                                        allowed=num_local == 1 and not options.keep_rows)
-        self._traffic = Traffic(self._buckets_in_flight())
+        self._traffic = Traffic(self._buckets_in_flight(), order)
         self._trips: list[Trip] = []  # of this step
         self._late: deque[Sighting] = deque()  # of steps that are finished but for the noise
         self._turn = 0
         self.begin_step(None)
-        if options.row_sets > 1:
+        if options.lag > 1:
             before_shutdown(self.flush)
 
     def _place(self, bucket: Bucket) -> _Place:
         reduced = bucket.new()
-        sets = self.options.row_sets if self.options.keep_rows else 0
-        rows = [bucket.new(self.num_local) for _ in range(sets)]
-        return _Place(bucket, reduced, bucket.views(reduced), rows,
-                      [[bucket.views(row) for row in each] for each in rows])
+        return _Place(bucket, reduced, bucket.views(reduced))
 
     def _buckets_in_flight(self) -> int:
         if not self.layout.buckets:
@@ -138,8 +136,8 @@ class Exchange:
 
     @property
     def memory(self) -> int:
-        """Bytes that are held beside the gradients: rows, and the most that was in flight."""
-        return self.buffers.held + sum(row.nbytes for place in self._places for row in place.rows)
+        """The most bytes that were in flight beside gradients and rows."""
+        return self.buffers.held
 
     @property
     def in_flight(self) -> bool:
@@ -162,28 +160,25 @@ class Exchange:
         if sighting is not None and sighting.noise.mixes:
             plan = self.options.plan if self.world.size > 1 else "gather-only"  # from itself
         if sighting is not None:
-            self._turn = (self._turn + 1) % self.options.row_sets
+            self._turn = (self._turn + 1) % self.options.lag
         either = plan in ("gather-only", "transpose")  # one of the two is enough
         self._fills_rows = sighting is not None and not (either and self.num_local == 1)
         self._fills_reduced = not (either and self._fills_rows)
         self._trips = self._traffic.plan([PLANS[plan](self._traveller(place, sighting))
                                           for place in self._places],
-                                         hold=self.options.row_sets > 1)
+                                         hold=self.options.lag > 1)
         if sighting is not None:
             sighting.settlers.append(partial(self._traffic.settle, self._trips))
         self._sighting = sighting
         self.begin_pass()
 
     def _traveller(self, place: _Place, sighting: Sighting | None) -> Traveller:
-        rows = place.rows[self._turn] if sighting is not None else None
-        name = f"{self._label}.{place.bucket.index}"
-        if sighting is not None:
-            sighting.keep(place.bucket, rows)
+        name = f"{self.label}.{place.bucket.index}"
         return Traveller(
-            place.bucket, f"{name}.{self._turn}", place.reduced, rows,
+            place.bucket, f"{name}.{self._turn}", place.reduced,
             lambda: _Reduction(self.world, self.options, place.reduced, name), self.world,
             self._peers, Wire(self.options.precision, place.bucket.dtype), self.buffers, sighting,
-            late=self.options.row_sets > 1)
+            late=self.options.lag > 1)
 
     def begin_pass(self) -> None:
         """Every parameter is to be captured again."""
@@ -229,8 +224,8 @@ class Exchange:
         place.missing.discard(t)
         view = place.views[t]
         grad = self._dense_gradient(p, place, t)
-        if self._fills_rows:
-            row = place.row_views[self._turn][worker][t]
+        if self._fills_rows and self._sighting is not None:
+            row = place.bucket.view(self._sighting.rows(place.bucket)[worker], t)
             row.copy_(grad) if grad is not None else row.zero_()
         if self._fills_reduced:
             self._add_up(view, grad, weight / self.num_local, first=worker == 0)
@@ -256,40 +251,66 @@ class Exchange:
         if grad is None or not grad.is_sparse:
             return grad.detach() if grad is not None else None
         if self.options.sparse_as_dense:
-            place.sparse[t] = grad.sparse_dim()
+            place.sparse.add(t)
             return grad.detach().to_dense()
         self._sparse.keep(p, place.bucket.names[t])
         return None
 
-    def finish(self) -> None:
+    def finish(self, examples: float) -> None:
         """Wait for the mean of every bucket, in the order of leaving.
+
+        Args:
+            examples: of this rank's workers together; nan if they are not known.
 
         Raises:
             ValueError: the first time, on all ranks, when they exchange different parameters.
         """
-        started = time.perf_counter()
-        self._agree()
-        self._traffic.seconds += time.perf_counter() - started
-        for place, trip in zip(self._places, self._trips):
-            self._traffic.until_mean(trip)
+        self._wait_for_means()
+        for place in self._places:
             for t, (p, view) in enumerate(zip(place.bucket.parameters, place.views)):
                 p.grad = view
                 if t in place.sparse:
-                    p.grad = self._sparse.remember(p, view.to_sparse(place.sparse[t]))
+                    p.grad = self._sparse.remember(p, view.to_sparse())
         self._sparse.reduce()
         if self._sighting is not None:
-            self._sighting.share(self.world, self.layout, f"{self._label}.seen.{self._turn}")
+            self._sighting.share(self.world, f"{self.label}.seen.{self._turn}", examples)
             self._late.append(self._sighting)
         self._traffic.release(self._trips)
-        if len(self._late) == self.options.row_sets:  # the next step but one takes its rows
+        if len(self._late) == self.options.lag:  # the next exchange but one takes its names
             self._late.popleft().settle()
         self.seconds, self._waited = self._traffic.seconds - self._waited, self._traffic.seconds
+
+    def _wait_for_means(self) -> None:
+        started = time.perf_counter()
+        self._agree()
+        self._traffic.seconds += time.perf_counter() - started
+        for trip in self._trips:
+            self._traffic.until_mean(trip)
+
+    def discard(self) -> None:
+        """Wait for an exchange whose results nobody wants; ``p.grad`` stays as it is."""
+        self._wait_for_means()
+        self._sparse.reduce(keep=False)
+        self._traffic.release(self._trips)
+        if self._sighting is not None:
+            self._traffic.settle(self._trips)
+            self._sighting.settlers.clear()
+
+    def settle(self) -> None:
+        """Wait until nothing is on its way any more."""
+        while self._late:
+            self._late.popleft().settle()
+
+    def versions(self) -> list[int]:
+        """What changes when somebody writes into a gradient."""
+        return [place.reduced._version for place in self._places]
 
     def _agree(self) -> None:
         """Once a layout: all ranks exchange the same thing, and know what travels sparse."""
         if self._agreed:
             return
-        handshake(self.world, self._facts, name="hvdnoise.facts")
+        handshake(self.world, self._facts, name="hvdnoise.facts",
+                  poll=self._order.poll if self._order is not None else None)
         self.found_sparse = self._sparse.agree(
             {name: p for bucket in self.layout.buckets
              for name, p in zip(bucket.names, bucket.parameters)})

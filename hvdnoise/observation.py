@@ -1,21 +1,22 @@
 """What a noise learns from a step: collected while the step is exchanged, used `lag` steps later.
 
-A `Sighting` belongs to one step. The exchange fills it: rows (deviations or mixtures) and local
-statistics of each bucket; `share` sums the statistics over the ranks, in one allreduce, and
-`settle` waits for whatever is still on its way. A `History` keeps the sightings of the last `lag`
-steps that were taken, and is what a checkpoint holds of a noise.
+A `Sighting` belongs to one exchange, and owns its rows. The exchange fills it: rows (deviations or
+mixtures) and local statistics of each bucket; `share` sums the statistics over the ranks, in one
+allreduce, and `settle` waits for whatever is still on its way. A `History` keeps the sightings of
+the last `lag` steps that were taken, and is what a checkpoint holds of a noise. An exchange that no
+step uses leaves it as it was.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from functools import cached_property
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from hvdnoise.buckets import Bucket, Layout
+from hvdnoise.buckets import Bucket, Layout, layout_of
 from hvdnoise.comm import Handle, World
 from hvdnoise.noise.base import Noise, Observation, Situation
 
@@ -24,12 +25,14 @@ class Sighting:
     """An `Observation` in the making.
 
     Args:
+        now: of the step; its ``examples_per_worker`` is not known yet.
         scale: tells the factor of the loss, by which everything is divided.
     """
 
-    def __init__(self, noise: Noise, now: Situation, scale: Callable[[], float]) -> None:
+    def __init__(self, noise: Noise, now: Situation, layout: Layout, scale: Callable[[], float]
+                 ) -> None:
         self.noise, self.now = noise, now
-        self.seen = Observation({}, {}, {})
+        self.seen = Observation(layout, {}, {}, 0.0)
         self.settlers: list[Callable[[], None]] = []  # called once, before anybody looks
         self._tell_scale = scale
         self._weights: dict[tuple[range, range], Tensor] = {}
@@ -41,6 +44,18 @@ class Sighting:
     def _scale(self) -> float:
         """The factor of the loss, asked for once: a GradScaler's waits for its GPU."""
         return self._tell_scale()
+
+    def rows(self, bucket: Bucket) -> Tensor:
+        """(V, N): the rows of a bucket, made when first asked for."""
+        if bucket.index not in self.seen.rows:
+            self.seen.rows[bucket.index] = torch.empty(
+                len(self.now.workers), bucket.size, dtype=bucket.dtype, device=bucket.device)
+        return self.seen.rows[bucket.index]
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the rows."""
+        return sum(rows.nbytes for rows in self.seen.rows.values())
 
     def observe(self, bucket: Bucket, start: int, deviations_Kn: Tensor) -> None:
         """Take in the deviations, as they come, of some workers in a part of a bucket."""
@@ -56,27 +71,23 @@ class Sighting:
             self._weights[key] = self.noise.mixing_weights(*key, self.now) / self._scale
         return self._weights[key]
 
-    def keep(self, bucket: Bucket, rows_VN: Tensor | None) -> None:
-        """Remember a bucket, and its rows where the noise displaces by them."""
-        self.seen.sizes[bucket.index] = bucket.size
-        if rows_VN is not None and self.noise.displaces_by is not None:
-            self.seen.rows[bucket.index] = rows_VN
-
     def unscale_(self, rows_VN: Tensor) -> None:
         """Divide rows by the factor of the loss."""
         if self._scale != 1:
             rows_VN.div_(self._scale)
 
-    def share(self, world: World, layout: Layout, name: str) -> None:
-        """Start to add up the statistics of all ranks."""
+    def share(self, world: World, name: str, examples: float) -> None:
+        """Start to add up the statistics of all ranks, and this rank's ``examples``."""
         if not self.noise.observes:
             return
         empty = torch.zeros(1, 0)
-        for bucket in layout.buckets:  # ranks whose part of a bucket is empty have told nothing
+        buckets = self.seen.layout.buckets
+        for bucket in buckets:  # ranks whose part of a bucket is empty have told nothing
             if bucket.index not in self._told:
                 self.observe(bucket, 0, empty)
-        told = [self._told[bucket.index].cpu() for bucket in layout.buckets]
-        self._shapes = {bucket.index: len(each) for bucket, each in zip(layout.buckets, told)}
+        told = [self._told[bucket.index].cpu() for bucket in buckets]
+        self._shapes = {bucket.index: len(each) for bucket, each in zip(buckets, told)}
+        told.append(torch.tensor([examples], dtype=torch.float64))
         self._sharing = world.allreduce_(torch.cat(told), name=name, op="sum")
 
     def done(self) -> bool:
@@ -89,14 +100,17 @@ class Sighting:
             settle()
         self.settlers.clear()
         if self._sharing is not None:
-            parts = self._sharing.wait().split(list(self._shapes.values()))
+            *parts, examples = self._sharing.wait().split([*self._shapes.values(), 1])
             self.seen.statistics = dict(zip(self._shapes, parts))
+            self.seen.examples = float(examples)
             self._sharing = None
+        if self.noise.displaces_by is None:
+            self.seen.rows.clear()
         return self.seen
 
 
 class History:
-    """The sightings of the last ``lag`` steps, and of the one under way."""
+    """The sightings of the last ``lag`` steps that were taken, and of the one under way."""
 
     def __init__(self, lag: int) -> None:
         self.new: Sighting | None = None
@@ -106,6 +120,11 @@ class History:
     def due(self) -> Sighting | None:
         """Of ``lag`` steps ago, if there was one."""
         return self._kept[0] if len(self._kept) == self._kept.maxlen else None
+
+    @property
+    def memory(self) -> int:
+        """Bytes of all rows."""
+        return sum(each.memory for each in (*self._kept, self.new) if each is not None)
 
     def commit(self) -> None:
         """The step under way was taken."""
@@ -123,34 +142,49 @@ class History:
         copies = []
         for sighting in self._kept:
             seen = sighting.settle()
-            copies.append({"workers": sighting.now.num_workers, "sizes": dict(seen.sizes),
+            copies.append({"workers": sighting.now.num_workers,
+                           "names": [list(bucket.names) for bucket in seen.layout.buckets],
+                           "sizes": [list(bucket.sizes) for bucket in seen.layout.buckets],
                            "rows": {i: rows.clone() for i, rows in seen.rows.items()},
                            "statistics": {i: s.clone() for i, s in seen.statistics.items()}})
         return copies
 
     def load_state_dict(self, state: Sequence[dict[str, Any]], noise: Noise, now: Situation,
-                        layout: Layout) -> None:
+                        layout: Layout, parameters: Mapping[str, Tensor]) -> None:
         """Take over what `state_dict` gave.
 
+        Args:
+            layout: of now.
+            parameters: by name, which the state's buckets hold.
+
         Raises:
-            ValueError: for a state of other buckets, workers or another noise.
+            ValueError: for a state of other parameters, workers or another noise.
         """
         self.forget()
         for each in state:
-            rows, statistics = each["rows"], each["statistics"]
-            sizes = {bucket.index: bucket.size for bucket in layout.buckets}
-            alike = (each["sizes"] == sizes and each["workers"] == now.num_workers
-                     and all(len(row) == len(now.workers) for row in rows.values())
-                     and (rows.keys() == sizes.keys()) == (noise.displaces_by is not None)
-                     and (statistics.keys() == sizes.keys()) == noise.observes)
-            if not alike:
+            then = layout_of(each.get("names", [[""]]), parameters)
+            if then is None or not _alike(each, then, noise, now) or (
+                    _names(then) == _names(layout) and then.digest != layout.digest):
                 self.forget()
                 raise ValueError("the loaded deviations are of other buckets, workers or another "
                                  "noise: resume with the same bucket_bytes, ranks, virtual_workers "
                                  "and noise, or drop \"hvdnoise\" from the optimizer's state to "
                                  "start the noise anew")
-            sighting = Sighting(noise, now, lambda: 1.0)
-            devices = {bucket.index: bucket.device for bucket in layout.buckets}
-            sighting.seen = Observation(
-                dict(sizes), {i: row.to(devices[i]) for i, row in rows.items()}, dict(statistics))
+            sighting = Sighting(noise, now, then, lambda: 1.0)
+            rows = {i: row.to(then.buckets[i].device) for i, row in each["rows"].items()}
+            sighting.seen = Observation(then, rows, dict(each["statistics"]), 0.0)
             self._kept.append(sighting)
+
+
+def _names(layout: Layout) -> set[str]:
+    return {name for bucket in layout.buckets for name in bucket.names}
+
+
+def _alike(state: dict[str, Any], layout: Layout, noise: Noise, now: Situation) -> bool:
+    """Whether a state is of this layout, noise and number of workers."""
+    rows, statistics, buckets = state["rows"], state["statistics"], range(len(layout.buckets))
+    return (state["sizes"] == [list(bucket.sizes) for bucket in layout.buckets]
+            and state["workers"] == now.num_workers
+            and all(len(row) == len(now.workers) for row in rows.values())
+            and (sorted(rows) == list(buckets)) == (noise.displaces_by is not None)
+            and (sorted(statistics) == list(buckets)) == noise.observes)

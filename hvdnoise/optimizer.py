@@ -3,21 +3,26 @@
 The order of a step, with V workers on this rank and k backward passes each (V = k = 1 usually):
 
     zero_grad()
-    V*k times: forward   weight noise displaces the weights of worker v, when the model trains
+    V*k times: forward   under weight noise a module that trains sees p + delta of worker v
                backward  gradients are captured; in the last one full buckets leave as they fill
-               its end   the weights are clean again; after the last pass all buckets have
-                         arrived, the noise has observed them, and p.grad is the (noisy) mean
+               its end   after the last pass all buckets have arrived, the noise has observed
+                         them, and p.grad is the (noisy) mean
     step()               the wrapped optimizer updates; what the noise observed counts from now on
 
-The exchange is complete when the last ``backward()`` returns. So clipping, ``GradScaler`` used the
-ordinary way, ``step(closure)`` and any look at ``p.grad`` see the reduced gradients, equal on all
-ranks, and ``synchronize()`` has nothing left to do. A parameter without a gradient on some ranks
-counts as zero there; on all ranks, it gets a gradient of zeros (as Horovod does).
+docs/semantics.md has what every other operation does, in whatever order.
+
+With one optimizer in the process the exchange is complete when the last ``backward()`` returns. So
+clipping, ``GradScaler`` used the ordinary way, ``step(closure)`` and any look at ``p.grad`` see the
+reduced gradients, equal on all ranks, and ``synchronize()`` has nothing left to do. With several
+optimizers it is complete after ``synchronize()``, or in ``step()``, as in Horovod itself
+(`hvdnoise.ordering`). A parameter without a gradient on some ranks counts as zero there; on all
+ranks, it gets a gradient of zeros (as Horovod does).
 """
 
 from __future__ import annotations
 
 import logging
+import weakref
 from contextlib import contextmanager
 from typing import Any, Callable, Iterable, Iterator
 
@@ -25,10 +30,10 @@ import torch
 from torch import Tensor
 
 from hvdnoise import comm
-from hvdnoise.applied import AppliedNoise, Measured
+from hvdnoise.applied import AppliedNoise, Measured, NoiseCoverage
 from hvdnoise.buckets import default_bucket_bytes
 from hvdnoise.costs import Plan, Shape, choose
-from hvdnoise.displacement import ModelWatch
+from hvdnoise.displacement import ModelWatch, Term
 from hvdnoise.exchange import Options
 from hvdnoise.noise.base import Noise
 from hvdnoise.passes import Passes
@@ -39,25 +44,25 @@ class _DistributedOptimizer(Wrapper):
     """What `DistributedOptimizer` returns; the actual class also inherits the wrapped one."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, applied: AppliedNoise, options: Options,
-                 plan: Plan, **layout: Any) -> None:
+                 plan: Plan, *, noise_in_eval: bool, **layout: Any) -> None:
         super().__init__(optimizer)
         self.applied, self._plan = applied, plan
         self._should_synchronize = True
         world, noise = applied.world, applied.noise
         self._passes: Passes | None = None  # None: nothing to exchange, nothing is hooked
         if world.size > 1 or (world.size == 1 and (noise or applied.virtual_workers > 1)):
-            if noise is not None and noise.acts_on != "examples":
-                applied.watch = ModelWatch([], self._before_forward)
+            if noise is not None and (noise.acts_on == "weights" or _counts_examples(noise)):
+                applied.watch = ModelWatch(_terms_of(weakref.ref(self)), layout["names"],
+                                           displaces=noise.acts_on == "weights",
+                                           in_eval=noise_in_eval)
             self._passes = Passes(applied, options, optimizer=optimizer, **layout)
 
-    def _before_forward(self) -> None:
-        passes, noise = self._passes, self.applied.noise
-        if passes is None or noise is None or noise.acts_on != "weights" or passes.reduced:
-            return
-        if passes.done == 0:
-            passes.prepare()
-        rates = {p: float(g["lr"]) for g in self.param_groups for p in g["params"]}
-        self.applied.displace(passes.layout, passes.done // passes.per_worker, rates)
+    def _terms(self) -> dict[Tensor, Term]:
+        """What the next forward that trains is to be displaced by."""
+        passes = self._passes
+        if passes is None:
+            return {}
+        return self.applied.terms(passes.worker, passes.learning_rates)
 
     # ------------------------------------------------------------------ what there is to know
 
@@ -78,9 +83,14 @@ class _DistributedOptimizer(Wrapper):
 
     @property
     def examples_per_worker(self) -> int:
-        """Examples that the forward passes of this rank's last worker have seen; 0 where nobody
-        counts."""
-        return self.applied.situation().examples_per_worker
+        """Examples that the passes of this rank's last worker have had; 0 where nobody counts."""
+        return self.applied.examples_per_worker
+
+    @property
+    def noise_coverage(self) -> NoiseCoverage:
+        """In how many steps noise on the weights was due, and in how many of them some gradient
+        came from clean weights; on this rank, since the optimizer was made."""
+        return self.applied.coverage
 
     @property
     def measure(self) -> bool:
@@ -124,8 +134,8 @@ class _DistributedOptimizer(Wrapper):
 
     @property
     def noise_memory(self) -> int:
-        """Bytes that this rank holds for the noise: rows, displaced weights, and the most that was
-        in flight at a time."""
+        """Bytes that this rank takes for the noise: the most of rows and displaced weights, and the
+        most that was in flight, at a time."""
         exchange = self._passes.exchange if self._passes is not None else None
         return self.applied.memory + (exchange.memory if exchange is not None else 0)
 
@@ -186,8 +196,8 @@ class _DistributedOptimizer(Wrapper):
         finally:
             self._should_synchronize = True
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients; a new step begins.
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Clear the gradients; a new step begins. The arguments are the wrapped optimizer's.
 
         Raises:
             RuntimeError: between the backward passes of one step.
@@ -198,7 +208,7 @@ class _DistributedOptimizer(Wrapper):
             raise RuntimeError(f"zero_grad() after {passes.done} of {passes.total} backward "
                                "passes: call step() first, or reset() to drop them")
         self._begin_step()
-        self._optimizer.zero_grad(set_to_none=set_to_none)
+        self._optimizer.zero_grad(*args, **kwargs)
         if passes is not None:
             passes.prepare()  # so that hooks are there before the first gradient
 
@@ -209,7 +219,8 @@ class _DistributedOptimizer(Wrapper):
             RuntimeError: when a part of the gradients is under way to the other ranks.
         """
         passes = self._passes
-        if passes is not None and passes.exchange is not None and passes.exchange.in_flight:
+        if passes is not None and not passes.under_way and passes.exchange is not None \
+                and passes.exchange.in_flight:
             raise RuntimeError("backward() broke off while gradients were being exchanged, and the "
                                "other ranks wait for the rest: end this process")
         self._begin_step()
@@ -219,7 +230,6 @@ class _DistributedOptimizer(Wrapper):
         if self._passes is not None:
             self._passes.begin_step()
             self.applied.begin_step()
-            self.applied.begin_worker()
 
     def distributed_step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the weights with the exchanged gradients.
@@ -243,8 +253,8 @@ class _DistributedOptimizer(Wrapper):
             if self._should_synchronize:
                 self._complete()
             loss = self._optimizer.step()
-        self.applied.end_step()
         self._passes.begin_step()
+        self.applied.end_step()
         return loss
 
     def _exchanged(self, closure: Callable[[], Any]) -> Callable[[], Any]:
@@ -297,7 +307,19 @@ class _DistributedOptimizer(Wrapper):
         self._optimizer.load_state_dict(state)
         if self._passes is not None:
             self._passes.prepare()
-            self.applied.load_state_dict(own, self._passes.layout)
+            self.applied.load_state_dict(own, self._passes.layout, self._passes.by_name())
+
+
+def _counts_examples(noise: Noise) -> bool:
+    """Whether the noise wants to know how many examples a worker has."""
+    return noise.acts_on in ("workers", "mean") and not getattr(noise, "batch_size", None)
+
+
+def _terms_of(reference: weakref.ref[_DistributedOptimizer]) -> Callable[[], dict[Tensor, Term]]:
+    def terms() -> dict[Tensor, Term]:
+        optimizer = reference()
+        return optimizer._terms() if optimizer is not None else {}
+    return terms
 
 
 def DistributedOptimizer(
@@ -308,7 +330,7 @@ def DistributedOptimizer(
         groups: int | list[list[Tensor]] | None = None, sparse_as_dense: bool = False,
         process_set: Any = None, *, noise: Noise | None = None, virtual_workers: int = 1,
         exchange: str = "auto", noise_precision: str = "fp32", bucket_bytes: int | None = None,
-        world: comm.World | None = None) -> Any:
+        noise_in_eval: bool = False, world: comm.World | None = None) -> Any:
     """Wrap an optimizer so that it averages gradients over the ranks, with structured noise.
 
     The first ten arguments are those of ``hvd.DistributedOptimizer`` of Horovod 0.28.1, with the
@@ -339,6 +361,8 @@ def DistributedOptimizer(
         bucket_bytes: limit of a bucket; default a quarter of the parameters, from 1 to 25 MiB,
             or HOROVOD_FUSION_THRESHOLD where that is smaller; 0: each parameter travels alone, in
             Horovod's order of additions.
+        noise_in_eval: whether noise on the weights is also seen by modules in evaluation mode,
+            when gradients are enabled: for models that train in that mode.
         world: the ranks, in place of Horovod's (tests).
 
     Raises:
@@ -378,9 +402,10 @@ def DistributedOptimizer(
     options = Options(op=reduction, compression=compression, sparse_as_dense=sparse_as_dense,
                       gradient_predivide_factor=gradient_predivide_factor,
                       keep_rows=noise is not None and noise.looks,
-                      row_sets=max(1, noise.lag) if noise is not None else 1, plan=plan.name,
+                      lag=max(1, noise.lag) if noise is not None else 1, plan=plan.name,
                       precision=noise_precision,
                       peers=world.group(plan.group_size) if plan.name == "group" else None)
     applied = AppliedNoise(noise, world, virtual_workers)
     return wrap(_DistributedOptimizer, optimizer, applied, options, plan, names=names,
-                per_worker=backward_passes_per_step, bucket_bytes=limit, bucket_groups=groups)
+                noise_in_eval=noise_in_eval, per_worker=backward_passes_per_step,
+                bucket_bytes=limit, bucket_groups=groups)

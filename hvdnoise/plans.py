@@ -57,8 +57,7 @@ class Traveller:
 
     Attributes:
         reduced: (N,), where the mean gradient is to be. It holds this rank's share of it (one
-            worker's gradient, or the sum of V workers' over V), unless ``rows`` are enough.
-        rows: (V, N), this rank's workers' gradients; later what the noise keeps of them.
+            worker's gradient, or the sum of V workers' over V), unless `rows` are enough.
         reduce: starts the allreduce of ``reduced``; see `Exchange`.
         peers: the world in which rows are gathered.
         sighting: what to observe and mix; None: the mean is all.
@@ -68,7 +67,6 @@ class Traveller:
     bucket: Bucket
     name: str
     reduced: Tensor
-    rows: Tensor | None
     reduce: Callable[[], Reduction]
     world: World
     peers: World
@@ -76,6 +74,11 @@ class Traveller:
     buffers: Buffers
     sighting: Sighting | None
     late: bool
+
+    @property
+    def rows(self) -> Tensor | None:
+        """(V, N): this rank's workers' gradients; later what the noise keeps of them."""
+        return self.sighting.rows(self.bucket) if self.sighting is not None else None
 
     @property
     def single(self) -> bool:

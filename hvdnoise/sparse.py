@@ -15,11 +15,14 @@ class SparseGradients:
         known: parameters outside the buckets, with their names.
         allowed: whether there may be any.
         op: "average" or "sum", where there may.
+        label: what the names of the collectives begin with.
     """
 
-    def __init__(self, world: World, known: dict[Tensor, str], *, allowed: bool, op: str) -> None:
+    def __init__(self, world: World, known: dict[Tensor, str], *, allowed: bool, op: str,
+                 label: str) -> None:
         self.names = dict(known)
         self._world, self._allowed, self._op = world, allowed and op in ("average", "sum"), op
+        self._label = label
         self._gradients: dict[str, Tensor] = {}
         self._results: dict[Tensor, Tensor] = {}  # what p.grad became
 
@@ -44,13 +47,16 @@ class SparseGradients:
         """Names that some rank found sparse among the ``parameters``; they travel here from now
         on. Collective."""
         found = {name for names in self._world.gather_json(sorted(self._gradients),
-                                                           name="hvdnoise.sparse")
+                                                           name=f"{self._label}.sparse")
                  for name in names}
         self.names.update({p: name for name, p in parameters.items() if name in found})
         return found
 
-    def reduce(self) -> None:
+    def reduce(self, *, keep: bool = True) -> None:
         """Put every result into ``p.grad``. Every rank takes part, with nothing where it has none.
+
+        Args:
+            keep: otherwise ``p.grad`` stays as it is.
 
         Raises:
             RuntimeError: for a gradient that turned sparse after the ranks had agreed.
@@ -64,9 +70,11 @@ class SparseGradients:
             indices_KI = mine._indices().t().contiguous() if mine is not None else \
                 torch.zeros(0, 1, dtype=torch.int64, device=p.device)
             values_K = mine._values() if mine is not None else p.new_zeros(0, *p.shape[1:])
-            indices_KI = self._world.allgather(indices_KI, name=f"hvdnoise.{name}.indices").wait()
-            values_K = self._world.allgather(values_K, name=f"hvdnoise.{name}.values").wait()
+            indices_KI = self._world.allgather(indices_KI, name=f"{self._label}.{name}.indices").wait()
+            values_K = self._world.allgather(values_K, name=f"{self._label}.{name}.values").wait()
             if self._op == "average":
                 values_K = values_K / self._world.size
+            if not keep:
+                continue
             p.grad = self.remember(p, torch.sparse_coo_tensor(
                 indices_KI.t(), values_K, p.shape, check_invariants=False))

@@ -14,6 +14,7 @@ from typing import Sequence
 from torch import Tensor
 
 from hvdnoise.comm import Handle
+from hvdnoise.ordering import FinishOrder
 from hvdnoise.plans import Claim, Journey
 
 
@@ -56,8 +57,9 @@ class Trip:
 class Traffic:
     """All trips of the step under way and, with lag 2, of the one before."""
 
-    def __init__(self, lookahead: int) -> None:
+    def __init__(self, lookahead: int, order: FinishOrder | None = None) -> None:
         self.seconds = 0.0  # spent waiting, ever
+        self._order = order
         self._lookahead = lookahead
         self._trips: deque[Trip] = deque()  # in the order of their buckets, older steps first
 
@@ -115,7 +117,7 @@ class Traffic:
     def wait_for(self, handle: Handle) -> Tensor:
         """The result of a collective."""
         started = time.perf_counter()
-        result = handle.wait()
+        result = handle.wait(self._order.poll if self._order is not None else None)
         self.seconds += time.perf_counter() - started
         return result
 

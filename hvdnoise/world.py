@@ -12,7 +12,7 @@ import json
 import socket
 from abc import ABC, abstractmethod
 from collections import Counter
-from typing import Any, Protocol, Sequence
+from typing import Any, Callable, Protocol, Sequence
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ from torch import Tensor
 class Handle(Protocol):
     """A collective under way."""
 
-    def wait(self) -> Tensor:
-        """The result, once every rank has taken part."""
+    def wait(self, poll: Callable[[], None] | None = None) -> Tensor:
+        """The result, once every rank has taken part. ``poll`` is called again and again until
+        then, and may raise an error, which ends the wait."""
 
     def done(self) -> bool:
         """Whether `wait` would return at once."""
@@ -34,7 +35,7 @@ class Finished:
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
 
-    def wait(self) -> Tensor:
+    def wait(self, poll: Callable[[], None] | None = None) -> Tensor:
         return self._tensor
 
     def done(self) -> bool:
@@ -49,6 +50,12 @@ class World(ABC):
     local_rank: int
     local_size: int
     _counts: Counter[str]
+
+    @property
+    def order(self) -> Any:
+        """The `FinishOrder` of this world's optimizers."""
+        from hvdnoise.ordering import FinishOrder
+        return self.__dict__.setdefault("_order", FinishOrder())
 
     def count(self, what: str) -> int:
         """How often this world was asked this before: equal on ranks that ask alike."""
@@ -92,12 +99,13 @@ class World(ABC):
         """Return when every rank has called it."""
         self.allreduce_(torch.zeros(1), name=f"hvdnoise.{name}", op="sum").wait()
 
-    def gather_json(self, value: Any, *, name: str) -> list[Any]:
+    def gather_json(self, value: Any, *, name: str, poll: Callable[[], None] | None = None
+                    ) -> list[Any]:
         """Every rank's JSON value, on every rank (nothing that crosses ranks is a pickle)."""
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        sizes = self.allgather(torch.tensor([len(text)]), name=f"{name}.sizes").wait().tolist()
-        texts = self.allgather(text, name=f"{name}.texts").wait()
-        return [json.loads(bytes(part.tolist())) for part in texts.split(sizes)]
+        sizes = self.allgather(torch.tensor([len(text)]), name=f"{name}.sizes").wait(poll)
+        texts = self.allgather(text, name=f"{name}.texts").wait(poll)
+        return [json.loads(bytes(part.tolist())) for part in texts.split(sizes.tolist())]
 
     def hosts(self) -> list[str]:
         """The host name of every rank. Collective."""
@@ -110,7 +118,8 @@ class World(ABC):
         return [f"rank {rank}" + f" of {host}" * several for rank, host in enumerate(hosts)]
 
 
-def handshake(world: World, facts: dict[str, Any], *, name: str = "handshake") -> None:
+def handshake(world: World, facts: dict[str, Any], *, name: str = "handshake",
+              poll: Callable[[], None] | None = None) -> None:
     """Check that all ranks hold the same ``facts``, comparing digests of fixed size.
 
     Raises:
@@ -119,7 +128,7 @@ def handshake(world: World, facts: dict[str, Any], *, name: str = "handshake") -
     """
     digests = {key: hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode())
                .hexdigest()[:32] for key, value in facts.items()}
-    everyone = world.gather_json(digests, name=name)
+    everyone = world.gather_json(digests, name=name, poll=poll)
     wrong = {key: ranks for key in sorted({key for each in everyone for key in each})
              if (ranks := [rank for rank, each in enumerate(everyone)
                            if each.get(key) != everyone[0].get(key)])}

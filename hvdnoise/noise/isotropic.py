@@ -4,7 +4,8 @@
 
 It has the variance of the structured noise and none of its structure. Where it acts: the mean
 gradient, after the reduction; z comes from a stream shared by all ranks, so every rank adds the
-same bits (on like hardware: see `hvdnoise.streams`). Bytes on the wire: 8 per bucket.
+same bits (on like hardware: see `hvdnoise.streams`). Bytes on the wire: 8 per bucket, and 8.
+Its b is the mean over the workers, whose batches may differ.
 
 Idea: Wen et al. 2020, arXiv:1902.08234. Formula: derived for this project.
 """
@@ -34,7 +35,7 @@ class IsotropicCovariance(EmulatedBatchNoise):
     def mean_noise(self, bucket: Bucket, seen: Observation, now: Situation) -> Tensor:
         squares = sum(float(square) for square in seen.statistics.values())
         trace = squares * self.examples(now) / (now.num_workers - 1)
-        deviation = math.sqrt(self.missing_variance(now) * trace / sum(seen.sizes.values()))
+        deviation = math.sqrt(self.missing_variance(now) * trace / seen.layout.numbers)
         noise_N = streams.normal(bucket.size, self.seed, "isotropic", now.step, bucket.index,
                                  device=bucket.device, dtype=bucket.dtype)
         return noise_N.mul_(deviation)

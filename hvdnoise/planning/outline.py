@@ -128,7 +128,7 @@ def _folder(config: PlanConfig) -> tuple[int, int]:
         raise ConfigError(f"{folder} is not a folder on this machine: give --examples N, the "
                           "training images, and --classes N, or a data.root that holds "
                           "train/CLASS/IMAGE")
-    from hvdnoise.training.torchvision_compat import datasets
+    from torchvision import datasets
     try:
         found = datasets.ImageFolder(folder)
     except OSError as error:  # an empty one, or one that cannot be read

@@ -102,7 +102,7 @@ def _load(config: DataConfig, seed: int,
     if config.dataset == "synthetic":
         count = config.num_examples if part == "train" else max(1, config.num_examples // 4)
         return *synthetic(count, config.num_classes, config.side, seed, part), config.num_classes
-    from hvdnoise.training.torchvision_compat import datasets
+    from torchvision import datasets
     kind = {"fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10,
             "cifar100": datasets.CIFAR100}[config.dataset]
     found = kind(config.path, train=part == "train", download=False)

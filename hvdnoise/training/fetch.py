@@ -122,7 +122,7 @@ def _prepare_fashion_mnist(config: DataConfig) -> None:
 
 
 def _prepare_cifar(config: DataConfig) -> None:
-    from hvdnoise.training.torchvision_compat import datasets
+    from torchvision import datasets
     kind = datasets.CIFAR10 if config.dataset == "cifar10" else datasets.CIFAR100
     folder = config.path / kind.base_folder
     wanted = dict([*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])])
@@ -139,7 +139,7 @@ def _prepare_cifar(config: DataConfig) -> None:
 
 def _check_folders(root: Path) -> str:
     """Check the layout root/{train,val}/CLASS/IMAGE; the digest of all names in it."""
-    from hvdnoise.training.torchvision_compat import datasets
+    from torchvision import datasets
     for part in ("train", "val"):
         if not (root / part).is_dir():
             raise DataError(f"{root / part} is not a folder: data.root must hold train/CLASS/IMAGE "

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision import datasets
+from torchvision.transforms import v2 as transforms
 
 from hvdnoise import streams
 from hvdnoise.training.dataspec import DataError
 from hvdnoise.training.images import Images
-from hvdnoise.training.torchvision_compat import datasets, transforms
 
 
 class FolderImages(Images):

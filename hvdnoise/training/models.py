@@ -146,13 +146,13 @@ def _kaiming(model: nn.Module) -> None:
 
 
 def _torchvision_names() -> list[str]:
-    from hvdnoise.training.torchvision_compat import models
+    from torchvision import models
     found: list[str] = models.list_models(module=models)
     return found
 
 
 def _torchvision(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
-    from hvdnoise.training.torchvision_compat import models
+    from torchvision import models
     options: dict[str, Any] = {"num_classes": num_classes, "weights": None}
     if name in ("googlenet", "inception_v3"):  # else they return a tuple, and warn
         options.update(aux_logits=False, init_weights=True)

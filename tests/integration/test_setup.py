@@ -6,6 +6,7 @@ Every test works on a copy of the launch folder with a cache of its own, offline
 import ensurepip
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -266,3 +267,28 @@ def test_two_at_once_wait_for_each_other(tree: Path) -> None:
         assert "another setup.sh is at work" in process.stdout.readline()
         assert not (tree / ".venv").exists()
         assert_fails(stop(process), "interrupted")
+
+
+# ------------------------------------------------------------ the files that it reads
+
+
+def files_it_reads() -> set[str]:
+    """The files in launch/ that it names, and the two that it names as $variant.lock."""
+    words = re.findall(r"[\w.]+", (ROOT / "launch" / "setup.sh").read_text())
+    there = {path.name for path in (ROOT / "launch").iterdir() if path.is_file()}
+    return there & {*words, "cpu.lock", "gpu.lock"}
+
+
+def test_its_files_are_in_the_build_of_images_before_it_runs() -> None:
+    before = (ROOT / "docker" / "Dockerfile").read_text().partition("stage.sh environment")[0]
+    patterns = re.findall(r"launch/([\w.*]+)", before)
+    files = files_it_reads()
+    assert {"setup.sh", "torchvision_operators.py", "horovod.patch", "requirements.lock"} <= files
+    assert not [name for name in files if not any(Path(name).match(each) for each in patterns)]
+
+
+def test_a_change_of_its_files_is_noticed() -> None:
+    text = (ROOT / "launch" / "setup.sh").read_text()
+    (noticed,) = re.findall(r"^deps=.*$", text, re.MULTILINE)
+    missing = {name for name in files_it_reads() if name not in noticed}
+    assert missing == {"cpu.lock", "gpu.lock"} and '"$variant.lock"' in noticed

@@ -180,6 +180,10 @@ class Spy(World):
     def count(self, what: str) -> int:
         return self.world.count(what)
 
+    @property
+    def order(self) -> Any:
+        return self.world.order
+
     def allreduce_(self, tensor: Tensor, **options: Any) -> Any:
         self.events.append("allreduce")
         return self.world.allreduce_(tensor, **options)

@@ -20,18 +20,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import datasets as torchvision_datasets
 
 from hvdnoise.comm import World
 from hvdnoise.training import data, fetch
 from hvdnoise.training.data import DataConfig, DataError
 from hvdnoise.training.folder import FolderImages
-from hvdnoise.training.torchvision_compat import datasets as torchvision_datasets
 from tests.fake_world import ThreadWorld, run_threads
-
-REAL = next((folder for folder in map(Path, (
-    "/usr/share/datasets/fashion-mnist",
-    str(Path(__file__).parents[3] / "shared/data/fashion-mnist"),
-    str(Path(__file__).parents[2] / "shared/data/fashion-mnist"))) if folder.is_dir()), None)
+from tests.fashion import REAL
 
 
 @pytest.fixture(autouse=True)

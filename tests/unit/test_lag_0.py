@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hvdnoise import GNC
 from tests.fake_world import Meeting, ThreadWorld, run_threads
-from tests.toys import batch, build, losses, vector
+from tests.toys import batch, build, losses, seen, vector
 
 
 class NormalizedNet(nn.Module):
@@ -22,7 +22,7 @@ class NormalizedNet(nn.Module):
         self.seen: list[Tensor] = []  # the weights that each forward saw
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(vector(self.parameters()))
+        self.seen.append(seen(self))
         result: Tensor = self.layers(x)
         return result
 
@@ -133,22 +133,22 @@ def test_sam_is_two_passes_for_the_own_source() -> None:
     """Two ranks: what rank i's second pass sees is theta - s d_i of its first pass."""
     def work(world: ThreadWorld) -> tuple[Tensor, Tensor]:
         model, optimizer = build(world, GNC(lr=5.0, lag=0))
-        seen: list[Tensor] = []
+        weights: list[Tensor] = []
         own: list[Tensor] = []
         mean: list[Tensor] = []
+        model.register_forward_hook(lambda module, *_: weights.append(seen(module)))
 
         def closure() -> None:
             optimizer.zero_grad()
             x, y = batch(0, world.rank)
             output = model(x)
-            seen.append(vector(model.parameters()))
             loss = losses(output, y).mean()
             own.append(vector(torch.autograd.grad(loss, list(model.parameters()),
                                                   retain_graph=True)))
             loss.backward()
             mean.append(vector(p.grad for p in model.parameters()))
         optimizer.step(closure)
-        return seen[1] - seen[0], -5.0 * 0.1 * (own[0] - mean[0])
+        return weights[1] - weights[0], -5.0 * 0.1 * (own[0] - mean[0])
 
     for displacement, expected in run_threads(2, work):
         assert torch.allclose(displacement, expected, rtol=1e-9, atol=1e-14)

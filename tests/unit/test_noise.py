@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdnoise import GNC, CovarianceNoise, make_noise, streams
-from hvdnoise.buckets import Bucket, build_layout
+from hvdnoise.buckets import Bucket, Layout, build_layout
 from hvdnoise.noise import COVARIANCES, Noise, Situation
 from hvdnoise.noise.base import Observation, at_step, check_scale, square_norms
 from tests import reference
@@ -23,10 +23,14 @@ def situation(step: int = 0, W: int = 4, workers: range = range(4), b: int = 8) 
     return Situation(step, W, workers, b)
 
 
-def buckets(bucket_bytes: int = 100) -> tuple[Bucket, ...]:
+def layout(bucket_bytes: int = 100) -> Layout:
     named = [(f"p{n}", nn.Parameter(1 + streams.normal(size, 0, "p", n, dtype=torch.float64)))
              for n, size in enumerate((3, 5, 7))]
-    return build_layout(named, bucket_bytes=bucket_bytes).buckets
+    return build_layout(named, bucket_bytes=bucket_bytes)
+
+
+def buckets(bucket_bytes: int = 100) -> tuple[Bucket, ...]:
+    return layout(bucket_bytes).buckets
 
 
 # ---- bad values: one line that names the value and what to do
@@ -148,18 +152,21 @@ def test_example_weights() -> None:
 
 # ---- GNC
 
+def observation() -> Observation:
+    return Observation(layout(), {}, {}, 0.0)
+
+
 def observed(source: str, step: int = 0, noise: GNC | None = None, same: bool = False
              ) -> tuple[GNC, Observation, Tensor]:
     """A noise, what it has seen of four workers on one rank, and their gradients (W, P)."""
     noise = noise or GNC(lr=1.0, source=source)
-    W, gradients_WP, seen, now = 4, [], Observation({}, {}, {}), situation(step, 4)
+    W, gradients_WP, seen, now = 4, [], observation(), situation(step, 4)
     for bucket in buckets():
         gradients_WN = 2 + streams.normal((W, bucket.size), 5, "g", bucket.index,
                                           dtype=torch.float64)
         if same:
             gradients_WN[:] = 1.0
         deviations_WN = gradients_WN - gradients_WN.mean(dim=0)
-        seen.sizes[bucket.index] = bucket.size
         if noise.displaces_by == "mixtures":
             weights = noise.mixing_weights(range(W), range(W), now)
             assert float(weights.sum(dim=1).abs().max()) < 1e-15
@@ -183,12 +190,12 @@ def displacements(noise: GNC, seen: Observation, *_: Tensor, step: int = 1, rate
     for v in range(4):
         row = []
         for bucket in buckets():
-            clean, out = [p.detach() for p in bucket.parameters], \
-                [torch.empty_like(p) for p in bucket.parameters]
+            clean = [p.detach() for p in bucket.parameters]
             before = [p.clone() for p in clean]
-            noise.displace(bucket, v, clean, out, [rates] * len(clean), seen, situation(step))
+            unit_N, factors = noise.displacement(bucket, v, clean, [rates] * len(clean), seen,
+                                                 situation(step))
             assert all(map(torch.equal, clean, before)), "the clean weights were written"
-            row += [(o - c).flatten() for o, c in zip(out, clean)]
+            row += [factor * unit.flatten() for factor, unit in zip(factors, bucket.views(unit_N))]
         rows.append(torch.cat(row))
     return torch.stack(rows)
 
@@ -253,10 +260,10 @@ def test_square_norms_of_each_parameter(cuts: list[int]) -> None:
 
 def test_a_noise_of_another_kind_says_so() -> None:
     noise: Noise = CovarianceNoise("isotropic", 4)
-    seen = Observation({}, {}, {})
+    seen = observation()
     calls = [lambda: noise.worker_weights(situation()),
              lambda: noise.example_weights(0, 0, 8, situation()),
-             lambda: noise.displace(buckets()[0], 0, [], [], [], seen, situation()),
+             lambda: noise.displacement(buckets()[0], 0, [], [], seen, situation()),
              lambda: noise.mixing_weights([0], [0, 1], situation()),
              lambda: CovarianceNoise("full", 4).observe(buckets()[0], 0, torch.zeros(1, 2),
                                                         situation()),

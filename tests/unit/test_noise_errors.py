@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Callable
 
 import pytest
@@ -56,11 +57,32 @@ def test_noise_needs_a_mean(op: str) -> None:
                          ids=repr)
 def test_a_larger_batch_cannot_be_emulated(options: dict[str, Any]) -> None:
     def work(world: ThreadWorld) -> str:
-        model, optimizer = build(world, CovarianceNoise(emulated_batch=17, **options), V=2)
+        noise = CovarianceNoise(emulated_batch=17, batch_size=4, **options)
+        model, optimizer = build(world, noise, V=2)
         return error_of(lambda: train(model, optimizer, 1), ValueError)  # 2 x 2 workers of 4
 
     for text in run_threads(2, work):
         assert "emulated_batch=17" in text and "batch of 16" in text and "4 workers of 4" in text
+
+
+@pytest.mark.parametrize("options", [{}, {"structure": "isotropic"}, {"source": "examples"}],
+                         ids=repr)
+def test_a_batch_that_is_smaller_has_no_noise(options: dict[str, Any]) -> None:
+    """The last of an epoch, for instance; said once, and the noise goes on after it."""
+    def work(world: ThreadWorld) -> Any:
+        runs = [build(world, noise, V=2) for noise in (CovarianceNoise(emulated_batch=5, **options),
+                                                       None)]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step, b in enumerate((4, 2, 2, 4)):
+                noisy, plain = (train(*run, 1, first=step, b=b) for run in runs)
+                same = torch.equal(noisy.gradients[0], plain.gradients[0])
+                assert same == (b == 2)
+                runs[0][0].load_state_dict(runs[1][0].state_dict())
+        return [str(each.message) for each in caught]
+
+    texts = sum(run_threads(1, work), [])
+    assert len(texts) == 1 and "step 1 has 4 examples" in texts[0] and "no noise" in texts[0]
 
 
 class Dictionary(Net):

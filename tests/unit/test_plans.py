@@ -258,8 +258,8 @@ class CountingWorld(ThreadWorld):
     def _counted(self, handle: Any, own_bytes: int) -> Any:
         wait = handle.wait
 
-        def count() -> torch.Tensor:
-            result = wait()
+        def count(poll: Any = None) -> torch.Tensor:
+            result = wait(poll)
             self.received += result.nbytes - own_bytes
             return result
         handle.wait = count
