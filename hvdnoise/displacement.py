@@ -36,6 +36,7 @@ from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.weak import TensorWeakRef
 
@@ -60,6 +61,10 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+
+
+def _lasting() -> tuple[_Displaced, ...]:
+    return tuple(each for each in _thread.displaced if each.lasts())
 
 
 class _Parameters(dict[str, Any]):
@@ -97,6 +102,17 @@ class _Displaced(dict[Tensor, Tensor]):
                  frame: FrameType | None = None) -> None:
         super().__init__()
         self.watch, self.terms, self._frame = watch, terms, frame
+
+    def make(self, module: nn.Module, *, below: bool) -> None:
+        """Displace the weights that a module is about to read, of a compiled one all below too.
+
+        Not before: autograd goes back in the order in which things were made, and a gradient has
+        to come, and leave for the other ranks, as soon as its module's backward is done.
+        """
+        if self.terms:
+            for p in module.parameters() if below else module._parameters.values():
+                if p is not None and p in self.terms:
+                    self[p]
 
     def lasts(self) -> bool:
         """Whether the call is under way, where no `_Call` will say that it has ended."""
@@ -141,7 +157,7 @@ class _Call:
     def _enter(self, *args: Any, **kwargs: Any) -> Any:
         if _current_graph_task_id() != -1:
             return self._call(*args, **kwargs)
-        before, mine = _uncompiled(_Call._begin)(self, args, kwargs)
+        before, mine = _uncompiled(_Call._begin)(self, args, kwargs, _is_compiling())
         try:
             _thread.displaced, _thread.inside = (*before, *mine), True
             _thread.depth += 1
@@ -152,19 +168,34 @@ class _Call:
         _uncompiled(_check_unchanged)(mine)
         return result
 
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], compiling: bool
                ) -> tuple[tuple[_Displaced, ...], list[_Displaced]]:
         """The calls under way around this one, and this one for those whom it is new."""
-        before = tuple(each for each in _thread.displaced if each.lasts())
+        before = _lasting()
         known = {displaced.watch for displaced in before}
-        return before, [displaced for watch in self.watches if watch not in known
-                        and (displaced := watch.enter(self.module, args, kwargs)) is not None]
+        mine = [displaced for watch in self.watches if watch not in known
+                and (displaced := watch.enter(self.module, args, kwargs)) is not None]
+        compiling |= self.compiled is not None or _is_compiled(self.module)
+        for displaced in (*before, *mine):
+            displaced.make(self.module, below=compiling)
+        return before, mine
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
+
+
+def _is_compiling() -> bool:
+    """Whether this runs inside of a function under torch.compile, by which it is not compiled."""
+    return get_eval_frame_callback() not in (None, False)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether it is what ``torch.compile(module)`` returns."""
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    return compiler is not None and isinstance(module, compiler.OptimizedModule)
 
 
 @functools.cache
@@ -268,6 +299,9 @@ class ModelWatch:
         call = frame.f_locals  # of torch's own code, which tells a global hook no kwargs
         displaced = self.enter(module, call.get("args", ()), call.get("kwargs", {}), frame)
         if displaced is not None:
+            call = module.__dict__["_compiled_call_impl"]
+            displaced.make(module, below=_is_compiled(module) or _is_compiling()
+                           or call.compiled is not None)
             _thread.displaced += (displaced,)
         _thread.inside = True
 
@@ -285,10 +319,9 @@ class ModelWatch:
         """A module is called, in no call that trains; what it sees, if this call trains."""
         if not torch.is_grad_enabled():
             return None
-        mine = [p for p in module.parameters() if p in self._parameters]
         if not (module.training or self._in_eval):
             self._in_eval_mode.setdefault(module)  # the outermost comes first
-            for p in mine:
+            for p in module.parameters():
                 self._seen.pop(p, None)
             return None
         self._sizes.append(_leading_size(args, kwargs))
@@ -296,11 +329,7 @@ class ModelWatch:
         if due is not self._due:
             self._due = due
             self._made.clear()
-        displaced = _Displaced(self, due, frame)
-        for p in mine:  # before the forward: a compiled one could not
-            if p in due:
-                displaced[p]
-        return displaced
+        return _Displaced(self, due, frame)
 
     def displaced(self, p: Tensor, term: Term) -> Tensor:
         """p + delta; the same tensor again, while autograd holds it and neither has changed."""
@@ -373,6 +402,7 @@ class ModelWatch:
                           f"{' and others' if len(names) > 5 else ''} was called: such parameters "
                           "are not displaced; register them in a module (nn.ParameterList), call "
                           "that, and use no ScriptModule", stacklevel=2)
+        _thread.displaced = _lasting()  # an ended call would keep its frame
         self._not_found -= self._lost
         self._lost.clear()
         if self._sizes:

@@ -67,7 +67,7 @@ class _Place:
     reduced: Tensor
     views: list[Tensor]
     missing: set[int] = field(default_factory=set)  # places not captured yet in this pass
-    sparse: set[int] = field(default_factory=set)  # places whose gradient came sparse
+    sparse: dict[int, int] = field(default_factory=dict)  # places whose gradient came sparse: dims
 
 
 class _Reduction:
@@ -251,7 +251,7 @@ class Exchange:
         if grad is None or not grad.is_sparse:
             return grad.detach() if grad is not None else None
         if self.options.sparse_as_dense:
-            place.sparse.add(t)
+            place.sparse[t] = grad.sparse_dim()
             return grad.detach().to_dense()
         self._sparse.keep(p, place.bucket.names[t])
         return None
@@ -270,7 +270,7 @@ class Exchange:
             for t, (p, view) in enumerate(zip(place.bucket.parameters, place.views)):
                 p.grad = view
                 if t in place.sparse:
-                    p.grad = self._sparse.remember(p, view.to_sparse())
+                    p.grad = self._sparse.remember(p, view.to_sparse(place.sparse[t]))
         self._sparse.reduce()
         if self._sighting is not None:
             self._sighting.share(self.world, f"{self.label}.seen.{self._turn}", examples)

@@ -31,7 +31,7 @@ class FinishOrder:
     """The optimizers of one world in this process, and the order in which they finish."""
 
     def __init__(self) -> None:
-        self.several = False
+        self._were_several = False
         self._live: weakref.WeakSet[Any] = weakref.WeakSet()
         self._finished = 0  # exchanges, of all optimizers
         self._announced: deque[tuple[Handle, str]] = deque()
@@ -39,10 +39,18 @@ class FinishOrder:
 
     def join(self, optimizer: Any) -> None:
         """One more; it counts while it lives, and is told by its ``label`` and ``description``."""
-        if self._live:
-            gc.collect()  # so that all ranks count alike
         self._live.add(optimizer)
-        self.several = len(self._live) > 1
+
+    def begin(self) -> None:
+        """An optimizer's first exchange: count those that live."""
+        if len(self._live) > 1:
+            gc.collect()  # so that all ranks count alike
+        self._were_several = len(self._live) > 1
+
+    @property
+    def several(self) -> bool:
+        """Whether there are several optimizers."""
+        return self._were_several and len(self._live) > 1
 
     @property
     def poll(self) -> Callable[[], None] | None:

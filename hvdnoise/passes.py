@@ -55,6 +55,7 @@ class Passes:
         self.label = f"hvdnoise.{self.layout.digest}.{self._number}"
         self.order: FinishOrder = applied.world.order
         self.order.join(self)
+        self._begun = False  # there has been an exchange
 
     @property
     def total(self) -> int:
@@ -169,6 +170,8 @@ class Passes:
         if self.done == 0:
             self.prepare()
             exchange = self.current_exchange()
+            if not self._begun:
+                self.order.begin()
             if all(p.grad is None or exchange.owns_gradient(p) for p in self.parameters()):
                 if or_zeros:
                     for p in self.parameters():
@@ -182,7 +185,7 @@ class Passes:
                     if p.grad is not None:
                         self.applied.check_displaced(p, self.worker, self.learning_rates,
                                                      by_hand=True)
-            exchange.begin_step(self.applied.observe(self.layout))
+            self._begin_exchange()
         if self.done < self.total - self.per_worker:
             raise RuntimeError(f"{self.done} of {self.total} backward passes were made: each of "
                                f"the {self.applied.virtual_workers} virtual workers needs "
@@ -191,6 +194,12 @@ class Passes:
         with torch.no_grad():
             self._end_worker(in_pass=False)
             self._finish()
+
+    def _begin_exchange(self) -> None:
+        if not self._begun:
+            self._begun = True
+            self.order.begin()
+        self.current_exchange().begin_step(self.applied.observe(self.layout))
 
     def _finish(self) -> None:
         """Wait for the exchange, whose buckets have all left."""
@@ -241,7 +250,7 @@ class Passes:
                 self.applied.begin_step()
             if self.done == 0:
                 self.prepare()
-                self.current_exchange().begin_step(self.applied.observe(self.layout))
+                self._begin_exchange()
         closing = partial(self._close_pass)
         self._closing = weakref.ref(closing, self._drop_pass)
         engine = torch.autograd.Variable._execution_engine

@@ -19,6 +19,7 @@ import re
 from collections import Counter, deque
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -36,6 +37,7 @@ Array = reference.Array
 PARTS = ("first", "last")
 EXAMPLES, DATA_SETS, NETS, RANKS = 3, 16, 3, 2
 RATES = {"weight": 0.1, "bias": 0.2}  # two groups of parameters
+NOTHING = torch.full((4,), math.inf, dtype=torch.float64)  # stands for a p.grad that is None
 TINY = 1e-9  # deviations so small, in units of the gradients, are rounding; a radius magnifies it
 
 
@@ -441,7 +443,7 @@ def snapshot(parameters: dict[str, Tensor], known: Sequence[str]) -> Array:
     """All weights, and the p.grad of the known ones; infinite where there is none."""
     grads = [parameters[key].grad for key in known]
     return flat([*parameters.values(),
-                 *(torch.full_like(parameters[key], math.inf) if grad is None else grad
+                 *(NOTHING[:parameters[key].numel()] if grad is None else grad
                    for key, grad in zip(known, grads))])
 
 
@@ -855,7 +857,7 @@ class Model:
             mean_P = (np.array(weights_W)[:, None] * gradients_WP).mean(axis=0)
         if noise.kind == "white":
             mean_P = mean_P + reference.shared_normal_noise(
-                "isotropic", reference.worker_covariance(gradients_WP, b),
+                "isotropic", b * reference.worker_covariance(gradients_WP, 1),
                 self._normals(book.trained, noise.seed, "isotropic", book.steps),
                 round(setup.W * b), noise.emulated)
         if noise.displaces:
@@ -1077,6 +1079,18 @@ class Model:
             optimizer_of_rank.load_state_dict(copy.deepcopy(state))
 
 
+def expect(model: Model, ops: Iterable[Op]) -> Program:
+    """The program of these operations, up to where the semantics leave its course open."""
+    program = Program(model.setup)
+    try:
+        for op in ops:
+            program.expected.append(model.do(op))
+            program.ops.append(op)
+    except Unspecified:
+        pass
+    return program
+
+
 # ---------------------------------------------------------------------- how programs are drawn
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -1085,9 +1099,9 @@ _strategies: dict[Any, st.SearchStrategy[Any]] = {}
 
 def one(draw: Draw, items: Sequence[Any]) -> Any:
     """One of the items, the first for a shrunk program."""
-    key = tuple(items)
+    key = tuple((type(item), item) for item in items)  # True equals 1
     if key not in _strategies:
-        _strategies[key] = st.sampled_from(key)
+        _strategies[key] = st.sampled_from(tuple(items))
     return draw(_strategies[key])
 
 
@@ -1115,8 +1129,8 @@ SEVERAL = ((("0.first", "0.last"), ("1.first", "1.last")), (("0.first",), ("0.la
 MOST = 20  # operations; more for noises that take longer to be seen
 MENU = {"whole_step": 8, "forward": 10, "backward": 14, "zero_grad": 5, "step": 6,
         "net_zero_grad": 3, "evaluate": 3, "mode": 3, "require": 3, "edit": 4, "average": 2,
-        "save_net": 2, "load_net": 3, "save_optimizer": 2, "load_optimizer": 5, "synchronize": 2,
-        "reset": 2, "failing": 2, "look": 3, "step_closure": 4}
+        "save_net": 2, "load_net": 4, "save_optimizer": 2, "load_optimizer": 6, "synchronize": 2,
+        "reset": 2, "failing": 2, "look": 5, "step_closure": 4}
 
 
 def draw_setup(draw: Draw, family: Family) -> Setup:
@@ -1147,17 +1161,8 @@ class Author:
         self.menu = tuple(name for name, weight in menu.items() for _ in range(weight))
 
     def write(self) -> Program:
-        program = Program(self.setup)
         most = MOST + 6 * (max(self.family.lags) - 1)
-        try:
-            for op in self.ops(most):
-                program.expected.append(self.model.do(op))
-                program.ops.append(op)
-                if len(program.ops) == most:
-                    break
-        except Unspecified:
-            pass
-        return program
+        return expect(self.model, islice(self.ops(most), most))
 
     def ops(self, most: int) -> Iterator[Op]:
         optimizer = self.optimizer()
@@ -1278,11 +1283,12 @@ class Author:
     def step(self) -> Iterator[Op]:
         optimizer = self.optimizer()
         book = self.book(optimizer)
-        if not book.complete and not self.setup.several and not rarely(self.draw):
-            yield from self.backward()
-            return
-        if book.noise.lag == 0 and not rarely(self.draw):
+        if book.noise.lag == 0 and not rarely(self.draw, 4):
             yield from self.step_closure(optimizer)
+            return
+        if book.noise.lag and not book.complete and not self.setup.several \
+                and not rarely(self.draw):
+            yield from self.backward()
             return
         yield Op("step", {"optimizer": optimizer})
 
@@ -1325,20 +1331,22 @@ class Author:
 
     def load_net(self) -> Iterator[Op]:
         nets = [number for what, number in self.model.saved if what == "net"]
-        if nets:
-            yield Op("load_net", {"net": one(self.draw, nets)})
-        else:
+        if not nets:
             yield from self.save_net()
+            yield from self.edit() if rarely(self.draw, 3) else self.step()
+            nets = [number for what, number in self.model.saved if what == "net"]
+        yield Op("load_net", {"net": one(self.draw, nets)})
 
     def save_optimizer(self) -> Iterator[Op]:
         yield Op("save_optimizer", {"optimizer": self.optimizer()})
 
     def load_optimizer(self) -> Iterator[Op]:
         saved = [number for what, number in self.model.saved if what == "optimizer"]
+        optimizer = one(self.draw, saved or range(len(self.setup.parts)))
         if not saved:
-            yield from self.save_optimizer()
-            return
-        optimizer = one(self.draw, saved)
+            yield Op("save_optimizer", {"optimizer": optimizer})
+            if rarely(self.draw, 2):
+                yield from self.whole_step(optimizer)
         if self.book(optimizer).done in (0, self.model.total):
             yield Op("load_optimizer", {"optimizer": optimizer})
 

@@ -66,7 +66,7 @@ def losses(output: Tensor, target: Tensor) -> Tensor:
 def seen(model: nn.Module) -> Tensor:
     """(P,): the weights that a forward of the model sees, read as a module reads its own."""
     return vector(getattr(module, name) for module in model.modules()
-                  for name in module._parameters)
+                  for name, p in module._parameters.items() if p is not None)
 
 
 def vector(tensors: Any) -> Tensor:
