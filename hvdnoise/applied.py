@@ -78,12 +78,12 @@ class AppliedNoise:
         self._displaced: dict[int, float] = {}  # own worker -> |delta|^2, in this step
         self._last_examples = 0
         self._told: set[str] = set()
+        self._weighed = False  # what the next backward pass comes from
         self.begin_step()
 
     def begin_step(self) -> None:
         """Nothing of the passes under way remains; what they have shown is dropped."""
         self.history.new = None
-        self._weighed = False
         self._weights: dict[float, list[float]] = {}
         self._local_squares: list[Tensor] = []
         self._noise_squares: dict[int, float] = {}  # own worker -> |noise|^2
@@ -100,6 +100,7 @@ class AppliedNoise:
             self.history.forget()
         self.history.commit()
         self.steps += 1
+        self._weighed = False
         if self.watch is not None:
             self.watch.end_step()
         self.begin_step()
@@ -227,7 +228,7 @@ class AppliedNoise:
         self._examples.append([])
 
     def check_weighed(self) -> None:
-        """Raise where the loss of an exchanged backward pass was not weighed but had to be."""
+        """Raise where the loss of the pass that begins was not weighed but had to be."""
         if self.noise is not None and self.noise.acts_on == "examples" and not self._weighed:
             raise RuntimeError("covariance noise from examples weighs their losses: call "
                                "loss = optimizer.weigh(losses) before backward()")

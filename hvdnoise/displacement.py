@@ -38,7 +38,6 @@ import torch
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.nn.utils.parametrize import ParametrizationList
-from torch.utils.weak import TensorWeakRef
 
 
 class Term(NamedTuple):
@@ -98,10 +97,10 @@ class _Parameters(dict[str, Any]):
 class _Displaced(dict[Tensor, Tensor]):
     """What one call sees of one optimizer's parameters; made when first asked for."""
 
-    def __init__(self, watch: ModelWatch, terms: Mapping[Tensor, Term],
+    def __init__(self, watch: ModelWatch, terms: Mapping[Tensor, Term], size: int,
                  frame: FrameType | None = None) -> None:
         super().__init__()
-        self.watch, self.terms, self._frame = watch, terms, frame
+        self.watch, self.terms, self.size, self._frame = watch, terms, size, frame
 
     def make(self, module: nn.Module, *, below: bool) -> None:
         """Displace the weights that a module is about to read, of a compiled one all below too.
@@ -126,9 +125,10 @@ class _Displaced(dict[Tensor, Tensor]):
         return displaced
 
 
-def _check_unchanged(calls: Sequence[_Displaced]) -> None:
+def _end(calls: Sequence[_Displaced]) -> None:
     """Raise where a forward has written into a displaced weight, and so not into p."""
     for call in calls:
+        call.watch.ended(call)
         for p, displaced in call.items():
             if displaced is not p and displaced._version:
                 raise RuntimeError(
@@ -165,7 +165,7 @@ class _Call:
         finally:
             _thread.depth -= 1
             _thread.displaced, _thread.inside = before, _thread.depth > 0
-        _uncompiled(_check_unchanged)(mine)
+        _uncompiled(_end)(mine)
         return result
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], compiling: bool
@@ -242,11 +242,9 @@ class ModelWatch:
         self._parameters: set[Tensor] = set()
         self._not_found: set[Tensor] = set()  # parameters whose modules have not been called
         self._lost: set[Tensor] = set()  # those of them that have got a gradient
-        self._made: dict[Tensor, tuple[TensorWeakRef, tuple[Any, ...]]] = {}
-        self._due: Mapping[Tensor, Term] = {}  # what `terms` gave last
         self._seen: dict[Tensor, Term] = {}  # by the last forward that trained each parameter
         # parameters whose displaced weight has got a gradient in the pass under way
-        self._reached: dict[Tensor, Term] = {}
+        self._reached: dict[Tensor, tuple[Term, int]] = {}
         self._in_eval_mode: weakref.WeakKeyDictionary[nn.Module, None] = weakref.WeakKeyDictionary()
         self._sizes: list[int] = []
         self._last_size = 0
@@ -303,6 +301,12 @@ class ModelWatch:
             displaced.make(module, below=_is_compiled(module) or _is_compiling()
                            or call.compiled is not None)
             _thread.displaced += (displaced,)
+
+            def ended(*_: Any) -> None:
+                handle.remove()
+                if displaced.lasts():  # else it is of a later call, and this one has failed
+                    self.ended(displaced)
+            handle = module.register_forward_hook(ended)
         _thread.inside = True
 
     def _wrap(self, module: nn.Module) -> None:
@@ -324,29 +328,23 @@ class ModelWatch:
             for p in module.parameters():
                 self._seen.pop(p, None)
             return None
-        self._sizes.append(_leading_size(args, kwargs))
-        due = self._terms()
-        if due is not self._due:
-            self._due = due
-            self._made.clear()
-        return _Displaced(self, due, frame)
+        return _Displaced(self, self._terms(), _leading_size(args, kwargs), frame)
 
     def displaced(self, p: Tensor, term: Term) -> Tensor:
-        """p + delta; the same tensor again, while autograd holds it and neither has changed."""
+        """p + delta; p itself where it is frozen."""
         if not p.requires_grad:
             return p
-        key = p._version, p.data_ptr()
-        made, key_then = self._made.get(p, (None, None))
-        displaced = made() if made is not None and key_then == key else None
-        if displaced is None or displaced._version:
-            with torch.inference_mode(False), torch.enable_grad():
-                displaced = torch.add(p, term.unit.to(p), alpha=term.factor)
-            reference = weakref.ref(self)
-            displaced.register_hook(lambda grad: _note_reached(reference, p, term))
-            displaced._hvdnoise_parameter = p  # type: ignore[attr-defined]
-            self._made[p] = TensorWeakRef(displaced), key
+        with torch.inference_mode(False), torch.enable_grad():
+            displaced = torch.add(p, term.unit.to(p), alpha=term.factor)
+        reference = weakref.ref(self)
+        displaced.register_hook(lambda grad: _note_reached(reference, p, term))
+        displaced._hvdnoise_parameter = p  # type: ignore[attr-defined]
         self._seen[p] = term
         return displaced
+
+    def ended(self, call: _Displaced) -> None:
+        """A call that trains has come to its end, and not to an exception."""
+        self._sizes.append(call.size)
 
     def recomputed(self, p: Tensor) -> Term | None:
         """The delta that the forwards of the pass under way saw."""
@@ -360,8 +358,10 @@ class ModelWatch:
             self._lost.add(p)
 
     def reached(self, p: Tensor) -> Term | None:
-        """The delta of the displaced weight that has got a gradient in the pass under way."""
-        return self._reached.get(p)
+        """The delta of the displaced weight that has got a gradient in the pass under way; outside
+        of a pass, by ``autograd.grad``."""
+        term, task = self._reached.get(p, (None, -1))
+        return term if _current_graph_task_id() in (task, -1) else None
 
     def why_not(self, p: Tensor) -> str:
         """Why the gradient of a parameter is not of its displaced weight, and the remedy."""
@@ -417,8 +417,7 @@ class ModelWatch:
         if not self._not_found:
             _found(self)
         self._last_size = 0
-        self._due, self._seen = {}, {}
-        self._made.clear()
+        self._seen = {}
 
     def normalization_statistics(self) -> list[tuple[Tensor, Tensor]]:
         """(buffer, copy) of everything that forward passes in training mode write."""
@@ -431,7 +430,7 @@ class ModelWatch:
 def _note_reached(reference: weakref.ref[ModelWatch], p: Tensor, term: Term) -> None:
     watch = reference()
     if watch is not None:
-        watch._reached[p] = term
+        watch._reached[p] = term, _current_graph_task_id()
 
 
 def _leading_size(args: Iterable[Any], kwargs: Mapping[str, Any]) -> int:

@@ -118,7 +118,7 @@ class Exchange:
         self._traffic = Traffic(self._buckets_in_flight(), order)
         self._trips: list[Trip] = []  # of this step
         self._late: deque[Sighting] = deque()  # of steps that are finished but for the noise
-        self._turn = 0
+        self._turn, self._turn_used = 0, True
         self.begin_step(None)
         if options.lag > 1:
             before_shutdown(self.flush)
@@ -159,8 +159,8 @@ class Exchange:
         plan = "own"
         if sighting is not None and sighting.noise.mixes:
             plan = self.options.plan if self.world.size > 1 else "gather-only"  # from itself
-        if sighting is not None:
-            self._turn = (self._turn + 1) % self.options.lag
+        if sighting is not None and self._turn_used:  # and not by one that was dropped
+            self._turn, self._turn_used = (self._turn + 1) % self.options.lag, False
         either = plan in ("gather-only", "transpose")  # one of the two is enough
         self._fills_rows = sighting is not None and not (either and self.num_local == 1)
         self._fills_reduced = not (either and self._fills_rows)
@@ -196,6 +196,10 @@ class Exchange:
             time.sleep(0.001)
 
     # ------------------------------------------------------------------ gradients
+
+    def has(self, p: Tensor) -> bool:
+        """Whether the parameter is in the layout."""
+        return p in self._where
 
     def owns_gradient(self, p: Tensor) -> bool:
         """Whether ``p.grad`` is this exchange's storage, so the result of an earlier step."""
@@ -275,6 +279,7 @@ class Exchange:
         if self._sighting is not None:
             self._sighting.share(self.world, f"{self.label}.seen.{self._turn}", examples)
             self._late.append(self._sighting)
+            self._turn_used = True
         self._traffic.release(self._trips)
         if len(self._late) == self.options.lag:  # the next exchange but one takes its names
             self._late.popleft().settle()

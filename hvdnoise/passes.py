@@ -90,7 +90,6 @@ class Passes:
     def begin_step(self) -> None:
         """Forget the passes of the step under way, having waited for their exchange."""
         if self.under_way:
-            self._check_untouched(cleared=True)
             self.order.announce(self.applied.world, self)
             self.current_exchange().discard()
         self.under_way = False  # all buckets have left, and nobody has waited for them
@@ -186,13 +185,16 @@ class Passes:
                         self.applied.check_displaced(p, self.worker, self.learning_rates,
                                                      by_hand=True)
             self._begin_exchange()
-        if self.done < self.total - self.per_worker:
+        nothing = self.done == 0 and all(p.grad is None for p in self.parameters())
+        if self.total > self.per_worker and self.done <= self.total - self.per_worker \
+                and not nothing:
             raise RuntimeError(f"{self.done} of {self.total} backward passes were made: each of "
                                f"the {self.applied.virtual_workers} virtual workers needs "
                                f"{self.per_worker} before step()")
-        self.done = self.total - 1
         with torch.no_grad():
-            self._end_worker(in_pass=False)
+            while self.done < self.total:  # with nothing to give, of every worker
+                self.done += (-self.done - 1) % self.per_worker
+                self._end_worker(in_pass=False)
             self._finish()
 
     def _begin_exchange(self) -> None:
@@ -228,6 +230,9 @@ class Passes:
         """Autograd has accumulated ``p.grad``."""
         if not self.open:
             self._open_pass(p)
+        if not p.requires_grad and not (self.synced and self.current_exchange().has(p)):
+            raise RuntimeError(f"{self._names[p]} was frozen after its forward and has got a "
+                               "gradient all the same: set requires_grad before the forward")
         self.applied.check_displaced(p, self.worker, self.learning_rates)
         if not self.synced or (self.done + 1) % self.per_worker:
             return
@@ -239,6 +244,7 @@ class Passes:
         self._check_whole()
         self.touched = True
         if self.synced:
+            self.applied.check_weighed()
             if self.under_way or self.reduced:
                 exchange = self.current_exchange()
                 if exchange.owns_gradient(p) and (self.under_way or not exchange.zeroed(but=p)):
@@ -246,6 +252,8 @@ class Passes:
                         f"a second backward() before step(): the step's {self.total} passes are "
                         "made; call step() or zero_grad(), pass backward_passes_per_step= to "
                         "accumulate, or put the extra backward under no_sync()")
+                if self.under_way:
+                    self._check_untouched(cleared=True)
                 self.begin_step()  # gradients were cleared by other means than zero_grad()
                 self.applied.begin_step()
             if self.done == 0:
@@ -281,7 +289,6 @@ class Passes:
         if not self.synced:
             self.applied.end_pass(counts=False)
             return
-        self.applied.check_weighed()
         if (self.done + 1) % self.per_worker:
             self.applied.end_pass(counts=True)
             self.done += 1

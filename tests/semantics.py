@@ -620,8 +620,8 @@ class Model:
         if failed:
             return {"failed"}
         for book in self.books:
-            if any(key in book.keys and self.training[each] for each in called
-                   for key in self._keys(*each)):
+            if any(key in book.keys and (self.training[each] or self.training[
+                    each[0], key.split(".")[1]]) for each in called for key in self._keys(*each)):
                 book.called = True
         self.losses.append(kept)
         return None
@@ -631,10 +631,14 @@ class Model:
 
     def _call(self, rank: int, net: int, part: str, x: Tensor, kept: Loss, fails: str | None
               ) -> Tensor | None:
-        """The outermost call of a network or of one of its parts; None: it fails."""
+        """The outermost call of a network or of one of its parts; None: it fails.
+
+        In a network that does not train a part may.
+        """
         weights = {key: self.parameters[rank][key] for key in self._keys(net, part)}
-        if self.training[net, part]:
-            for key, p in weights.items():
+        for each in [part] if part != "all" or self.training[net, part] else PARTS:
+            for key in self._keys(net, each) if self.training[net, each] else []:
+                p = weights[key]
                 book = self.book_of.get(key)
                 delta = self._deltas(book, rank, self._worker(book)) if book is not None else {}
                 if book is not None and p.requires_grad and key in delta:
@@ -765,7 +769,7 @@ class Model:
         errors: set[str] = set()
         for book in reached:
             errors |= self._count(book, kept, held=book.number in hold)
-        self.open_end = bool(errors) and len(reached) > 1
+        self.open_end |= bool(errors) and len(reached) > 1
         return errors
 
     def _count(self, book: Book, kept: Loss, held: bool) -> set[str]:
@@ -773,6 +777,8 @@ class Model:
         if book.poisoned or book.tainted:
             raise Unspecified
         mine = self.reached & set(book.keys)
+        if any(not self.parameters[0][key].requires_grad for key in mine):
+            raise Unspecified  # an error says so, but in what follows from it
         before = dict(book.kinds)
         for key in mine:
             book.kinds[key] = {"none": "fresh", "result": "mixed", "zeroed": "unclear"}.get(
@@ -801,6 +807,7 @@ class Model:
                 if book.nonzero < 2:  # the library may take it for cleared: nobody told it
                     raise Unspecified
                 book.tainted = True
+                self.open_end |= book.waiting  # what is on its way was written to
                 return {"second"}
             if cleared != {True} or (book.waiting and "zeroed" in before.values()):
                 raise Unspecified
@@ -969,9 +976,12 @@ class Model:
                     self._clear(book.trained, True)
         if book.done < self.total - self.setup.k or (book.done <= self.total - self.setup.k
                                                      and self.setup.V > 1):
-            if book.done == 0 and or_zeros and self.setup.several:
-                raise Unspecified
-            return {"missing"}
+            if book.done or any(book.kinds[key] != "none" for key in book.keys):
+                return {"missing"}
+            for _ in range(self.setup.V - 1):  # nothing to give, of any worker
+                book.done += self.setup.k
+                book.end_pass(counts=True, repeated=False)
+                self._end_worker(book)
         book.end_pass(counts=True, repeated=False)
         self._end_worker(book)
         book.waiting = False

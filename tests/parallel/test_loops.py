@@ -76,6 +76,7 @@ class Watched:
         return self.world.allreduce_(total, name="expected").wait()
 
     def assert_gradients(self, *key: int) -> None:
+        self.optimizer.synchronize()  # there may be another optimizer
         found = vector(p.grad for p in self.model.parameters())
         error = relative_error(found, self.expected(*key))
         assert error < 1e-9, error

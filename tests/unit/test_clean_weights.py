@@ -346,6 +346,18 @@ def test_a_forward_that_changes_its_weights_is_refused() -> None:
         train(model, optimizer, 2)
 
 
+def test_freezing_between_forward_and_backward_is_refused(trained: Trained) -> None:
+    """Its gradient would stay this rank's own."""
+    for hold in (True, False):
+        loss = trained.forward()
+        trained.model.first.requires_grad_(False)
+        with trained.optimizer.no_sync() if hold else nullcontext():
+            with pytest.raises(RuntimeError, match="first.* was frozen after its forward"):
+                loss.backward()
+        trained.model.first.requires_grad_(True)
+        trained.optimizer.reset()
+
+
 # ---- modules of other kinds
 
 class Recurrent(nn.Module):

@@ -103,11 +103,6 @@ PINNED: dict[str, tuple[Setup, list[Op]]] = {
         one_optimizer("none", parts=("0.first",)),
         [op("forward", net=0), op("backward", loss=0), op("forward", net=0, part="last"),
          op("backward", loss=1), op("step", optimizer=0)]),
-    "a layer is frozen between forward and backward": (
-        one_optimizer("none"),
-        [op("forward", net=0), op("require", net=0, part="first", on=False),
-         op("backward", loss=0), op("forward", net=0), op("backward", loss=1),
-         op("step", optimizer=0)]),
     "an edit through p.data while an earlier graph lives": (
         one_optimizer(),
         [*whole_step(0), op("forward", net=0), op("edit", net=0, part="last", how="add"),
