@@ -16,11 +16,11 @@ from torch import Tensor
 
 from hvdnoise.buckets import Layout
 from hvdnoise.comm import World
-from hvdnoise.displacement import ModelWatch, Term
+from hvdnoise.displacement import Term
 from hvdnoise.exchange import Exchange
 from hvdnoise.noise.base import Noise, Situation
 from hvdnoise.observation import History, Sighting
-
+from hvdnoise.watch import ModelWatch
 
 Rates = Callable[[], dict[Tensor, float | None]]
 
@@ -268,7 +268,8 @@ class AppliedNoise:
         mine = torch.tensor([sum(map(float, self._local_squares)) / scale ** 2,
                              sum((self._noise_squares or self._displaced).values())],
                             dtype=torch.float64)
-        mean = self.world.allreduce_(mine, name=f"{exchange.label}.measure").wait() / self.virtual_workers
+        handle = self.world.allreduce_(mine, name=f"{exchange.label}.measure")
+        mean = handle.wait() / self.virtual_workers
         worker, noise = mean.tolist()
         total = sum(_square(flat) for _, flat in exchange.reduced())
         known = self.noise is None or self.noise.acts_on in ("weights", "mean")

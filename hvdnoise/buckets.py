@@ -130,6 +130,7 @@ def _layout(parts: Sequence[Sequence[Named]]) -> Layout:
     return Layout(buckets, fingerprint(p for part in parts for _, p in part),
                   hashlib.sha256(text.encode()).hexdigest()[:16])
 
+
 def _bucket(index: int, part: Sequence[Named]) -> Bucket:
     names, parameters = zip(*part)
     sizes = tuple(p.numel() for p in parameters)

@@ -10,9 +10,9 @@ step, with ring or pairwise algorithms (what Gloo, Open MPI and NCCL use for lar
     gather-only   (R-1) V * itemsize * P                         the mean comes of the rows (I4)
     transpose     (R-1)/R * P * (V itemsize + itemsize + V n)    constant in R (I5)
 
-Memory of one rank beside weights, gradients and optimizer: V P for the rows or mixtures of each step
-of lag and of the step under way, and what is in flight. (The displaced weights, P, are gone before
-the last rows are there.) Formulas: derived for this project.
+Memory of one rank beside weights, gradients and optimizer: V P for the rows or mixtures of each
+step of lag and of the step under way, and what is in flight. (The displaced weights, P, are gone
+before the last rows are there.) Formulas: derived for this project.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ All of it is there when `finish` returns, but with lag 2 mixtures and statistics
 their way until the next step's `finish` returns.
 
 Gathered rows in flight are limited to `hvdnoise.costs.IN_FLIGHT_BYTES`, or one bucket. Memory
-beside the gradients themselves (which live in ``reduced``): the rows, V * P for each exchange, which
-their `Sighting` owns, and what is in flight.
+beside the gradients themselves (which live in ``reduced``): the rows, V * P for each exchange,
+which their `Sighting` owns, and what is in flight.
 """
 
 from __future__ import annotations

@@ -33,10 +33,11 @@ from hvdnoise import comm
 from hvdnoise.applied import AppliedNoise, Measured, NoiseCoverage
 from hvdnoise.buckets import default_bucket_bytes
 from hvdnoise.costs import Plan, Shape, choose
-from hvdnoise.displacement import ModelWatch, Term
+from hvdnoise.displacement import Term
 from hvdnoise.exchange import Options
 from hvdnoise.noise.base import Noise
 from hvdnoise.passes import Passes
+from hvdnoise.watch import ModelWatch
 from hvdnoise.wrapping import Wrapper, check_arguments, named, wrap
 
 

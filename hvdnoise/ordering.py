@@ -1,9 +1,9 @@
-"""Several optimizers in one process: all ranks finish their exchanges in the same order, or are told.
+"""Several optimizers in one process: ranks finish their exchanges in the same order, or are told.
 
-With one optimizer, ``backward()`` waits for the exchange. With several it must not: another rank may
-have no gradient for this optimizer in its backward, and start its part of the exchange only when it
-calls ``step()``, after a backward that would wait for this rank in turn. So buckets leave in backward
-as ever, and ``step()`` or ``synchronize()`` wait, as in Horovod itself.
+With one optimizer, ``backward()`` waits for the exchange. With several it must not: another rank
+may have no gradient for this optimizer in its backward, and start its part of the exchange only
+when it calls ``step()``, after a backward that would wait for this rank in turn. So buckets leave
+in backward as ever, and ``step()`` or ``synchronize()`` wait, as in Horovod itself.
 
 A rank that waits for one optimizer while another rank waits for another may wait for ever. So each
 rank announces which exchange it finishes next, in an allreduce of 24 bytes that nobody waits for:
@@ -83,7 +83,7 @@ class FinishOrder:
                 self._silent = True
                 others = sorted({each.description for each in self._live} - {mine})
                 raise RuntimeError(
-                    f"the ranks finish their exchanges in different orders: this one came to {mine} "
-                    f"when another came to another optimizer (here are {'; '.join(others)}, too): "
-                    "call step() or synchronize() of all optimizers in the same order on all ranks, "
-                    "also where a rank has no gradients for one")
+                    f"the ranks finish their exchanges in different orders: this one came to "
+                    f"{mine} when another came to another optimizer (here are {'; '.join(others)}, "
+                    "too): call step() or synchronize() of all optimizers in the same order on all "
+                    "ranks, also where a rank has no gradients for one")

@@ -70,8 +70,9 @@ class SparseGradients:
             indices_KI = mine._indices().t().contiguous() if mine is not None else \
                 torch.zeros(0, 1, dtype=torch.int64, device=p.device)
             values_K = mine._values() if mine is not None else p.new_zeros(0, *p.shape[1:])
-            indices_KI = self._world.allgather(indices_KI, name=f"{self._label}.{name}.indices").wait()
-            values_K = self._world.allgather(values_K, name=f"{self._label}.{name}.values").wait()
+            stem = f"{self._label}.{name}"
+            indices_KI = self._world.allgather(indices_KI, name=f"{stem}.indices").wait()
+            values_K = self._world.allgather(values_K, name=f"{stem}.values").wait()
             if self._op == "average":
                 values_K = values_K / self._world.size
             if not keep:

@@ -185,7 +185,10 @@ def _log(job: Job, meter: Meter, records: Records, progress: Progress) -> None:
     bad = meter.bad_steps
     values = meter.flush(job.world)
     epoch = job.counters.step / job.sampler.steps_per_epoch
-    records.write("train", job.counters.step, {"epoch": epoch, **values})
+    coverage = job.optimizer.noise_coverage
+    records.write("train", job.counters.step, {
+        "epoch": epoch, **values, "noise_due_steps": coverage.due,
+        "noise_missed_steps": coverage.missed})
     if bad:
         log.warning("%d steps without a finite gradient were skipped", bad)
     progress.show(f"epoch {epoch:.1f}  loss {values['loss']:.3f}  "

@@ -268,7 +268,7 @@ def check_an_encoder_in_evaluation_mode(world: World) -> None:
             optimizer.step()
     told = [str(each.message) for each in caught if "noise" in str(each.message)]
     assert len(told) == 1 and "Linear was called in evaluation mode" in told[0], told
-    assert optimizer.noise_coverage == type(optimizer.noise_coverage)(due=3, missed=3)
+    assert (optimizer.noise_coverage.due, optimizer.noise_coverage.missed) == (3, 3)
 
 
 # ---- how many examples a worker has
@@ -480,3 +480,21 @@ def check_z_ranks_that_differ_in_the_order_of_their_optimizers(world: World) -> 
     text = raised(RuntimeError, run.step, world.rank, 2, 1 - world.rank, order)
     assert time.monotonic() - started < 10
     assert "SGD of a.weight" in text and "SGD of b.weight" in text and "same order" in text, text
+
+
+def check_z_a_rank_that_has_run_out_of_data(world: World) -> None:
+    """hvd.join(): what needs only the allreduce goes on; what gathers names join."""
+    for source in ("own", "gathered"):
+        model = net()
+        optimizer: Any = hvdnoise.DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), 0.1), noise=GNC(RADIUS, source=source))
+        for n in range(4 if world.rank == 0 else 2):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images(world.rank, n)), labels(world.rank, n))
+            if source == "gathered" and n == 2:
+                text = raised(RuntimeError, loss.backward)
+                assert "hvd.join()" in text and "own" in text and "\n" not in text, text
+                break
+            loss.backward()
+            optimizer.step()
+        hvd.join()

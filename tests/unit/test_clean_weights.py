@@ -529,7 +529,8 @@ def by_forward(trained: Trained, worker: int) -> None:
 @pytest.mark.parametrize("step, cause", [
     (in_eval_mode, r"Net was called in evaluation mode"),
     (part_in_eval_mode, r"Linear was called in evaluation mode"),
-    (outside_of_modules, "no call of its module"), (by_forward, "no call of its module")], ids=lambda each: getattr(each, "__name__", ""))
+    (outside_of_modules, "no call of its module"), (by_forward, "no call of its module")],
+    ids=lambda each: getattr(each, "__name__", ""))
 def test_noise_that_was_due_and_did_not_come_is_told_once(step: Any, cause: str) -> None:
     told = missed(Trained(), step)
     assert len(told) == 1 and cause in told[0] and "first." in told[0], told
