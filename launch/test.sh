@@ -25,7 +25,7 @@ code=(hvdnoise tests)
 check flake8 120 .venv/bin/python -m flake8 "${code[@]}"
 check isort 120 .venv/bin/python -m isort --check --diff "${code[@]}"
 check mypy 600 .venv/bin/python -m mypy hvdnoise
-check pytest 2400 .venv/bin/python -m pytest "$@"
+check pytest 4500 .venv/bin/python -m pytest "$@"
 
 printf '\n'
 printf '%s\n' "${results[@]}"
