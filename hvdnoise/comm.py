@@ -35,8 +35,10 @@ POLL_SECONDS = 0.0002
 
 
 class _HorovodHandle:
-    def __init__(self, world: HorovodWorld, handle: Any, name: str, dtype: torch.dtype) -> None:
+    def __init__(self, world: HorovodWorld, handle: Any, name: str, dtype: torch.dtype, *,
+                 gathers: bool = False) -> None:
         self._world, self._handle, self._name, self._dtype = world, handle, name, dtype
+        self._gathers = gathers
 
     def wait(self, poll: Callable[[], None] | None = None) -> Tensor:
         with self._world.watchdog.waiting_for(self._name):
@@ -46,12 +48,13 @@ class _HorovodHandle:
             try:
                 result = self._world.hvd.synchronize(self._handle)
             except RuntimeError as error:
-                if "with Join" in str(error):
-                    raise RuntimeError(
-                        f"{self._name!r} needs all ranks, and another one has called hvd.join(): "
-                        "give all ranks the same number of batches, or use a noise that needs only "
-                        'the allreduce, as GNC(source="own")') from error
-                raise
+                if not self._gathers:
+                    raise
+                text = str(error).strip().splitlines()[0]
+                raise RuntimeError(
+                    f"{self._name!r} needs all ranks, and another one has failed or has called "
+                    "hvd.join() (then give all ranks the same number of batches, or use a noise "
+                    f'that needs only the allreduce, as GNC(source="own")): {text}') from error
         tensor: Tensor = result[0] if isinstance(result, tuple) else result  # of an alltoall
         return tensor.view(self._dtype)
 
@@ -112,7 +115,7 @@ class HorovodWorld(World):
             # Horovod's public function always allocates; the one beneath resizes what it is given
             return self.hvd.mpi_ops._allgather_async(_wire(sent), _wire(_storage(sent, into)), name,
                                                      self.process_set)
-        return self._start(start, tensor, name, out)
+        return self._start(start, tensor, name, out, gathers=True)
 
     def alltoall(self, tensor: Tensor, splits: Sequence[int], *, name: str,
                  out: Tensor | None = None) -> Handle:
@@ -121,7 +124,7 @@ class HorovodWorld(World):
             return self.hvd.mpi_ops._alltoall_async(
                 _wire(sent), counts, _wire(_storage(sent, into)), torch.empty_like(counts), name,
                 self.process_set)
-        return self._start(start, tensor, name, out)
+        return self._start(start, tensor, name, out, gathers=True)
 
     def broadcast_(self, tensor: Tensor, *, root: int, name: str) -> Handle:
         def start(sent: Tensor, _: Tensor | None) -> Any:
@@ -130,15 +133,15 @@ class HorovodWorld(World):
         return self._start(start, tensor, name, tensor)
 
     def _start(self, start: Callable[[Tensor, Tensor | None], Any], tensor: Tensor, name: str,
-               target: Tensor | None) -> Handle:
+               target: Tensor | None, *, gathers: bool = False) -> Handle:
         """``start(sent, storage of the result)``, on the device or through the host."""
         if self.size == 1:
             return Finished(tensor)
         if not self._through_host(tensor):
-            return _HorovodHandle(self, start(tensor, target), name, tensor.dtype)
+            return _HorovodHandle(self, start(tensor, target), name, tensor.dtype, gathers=gathers)
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         host.copy_(tensor)
-        handle = _HorovodHandle(self, start(host, None), name, tensor.dtype)
+        handle = _HorovodHandle(self, start(host, None), name, tensor.dtype, gathers=gathers)
         return _StagedHandle(handle, tensor.device, target)
 
     def _through_host(self, tensor: Tensor) -> bool:

@@ -83,13 +83,22 @@ def lasting() -> tuple[Displaced, ...]:
 
 
 class Parameters(dict[str, Any]):
-    """A module's ``_parameters``: read by name, what the thread's call sees; else as they are."""
+    """A module's ``_parameters``: read by name, what the thread's call sees; else as they are.
+
+    A parameter is told by its id: torch.compile, which follows this code, compares numbers when it
+    uses a compiled function for another module again, and would take any tensor of the same shape.
+    """
+
+    def __init__(self, parameters: Mapping[str, Any]) -> None:
+        super().__init__(parameters)
+        self.ids = {name: id(p) for name, p in parameters.items()}
 
     def __getitem__(self, name: str) -> Any:
         p = dict.__getitem__(self, name)
+        which = self.ids.get(name)
         for displaced in thread.displaced:
-            if p in displaced.terms and displaced.lasts():
-                return displaced[p]
+            if which in displaced.terms and displaced.lasts():
+                return displaced[which]
         if thread.depth or torch.compiler.is_compiling():
             return p
         if current_graph_task_id() != -1 and torch.is_grad_enabled():
@@ -98,7 +107,9 @@ class Parameters(dict[str, Any]):
 
     def __setitem__(self, name: str, value: Any) -> None:
         """A displaced weight that is put back stands for its parameter (``functional_call``)."""
-        dict.__setitem__(self, name, getattr(value, "_hvdnoise_parameter", value))
+        value = getattr(value, "_hvdnoise_parameter", value)
+        self.ids[name] = id(value)
+        dict.__setitem__(self, name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         from copy import deepcopy
@@ -110,13 +121,14 @@ class Parameters(dict[str, Any]):
         return dict, (dict(self),)
 
 
-class Displaced(dict[Tensor, Tensor]):
-    """What one call sees of one optimizer's parameters; made when first asked for."""
+class Displaced(dict[Any, Tensor]):
+    """What one call sees of one optimizer's parameters, by their ids; made when first asked for."""
 
     def __init__(self, watch: Watch, terms: Mapping[Tensor, Term], size: int,
                  frame: FrameType | None = None) -> None:
         super().__init__()
-        self.watch, self.terms, self.size, self._frame = watch, terms, size, frame
+        self.watch, self.size, self._frame = watch, size, frame
+        self.terms = {id(p): (p, term) for p, term in terms.items()}
 
     def make(self, module: nn.Module, *, below: bool) -> None:
         """Displace the weights that a module is about to read, of a compiled one all below too.
@@ -126,8 +138,8 @@ class Displaced(dict[Tensor, Tensor]):
         """
         if self.terms:
             for p in module.parameters() if below else module._parameters.values():
-                if p is not None and p in self.terms:
-                    self[p]
+                if id(p) in self.terms:
+                    self[id(p)]
 
     def lasts(self) -> bool:
         """Whether the call is under way, where no `Call` will say that it has ended."""
@@ -136,8 +148,8 @@ class Displaced(dict[Tensor, Tensor]):
             frame = frame.f_back
         return frame is self._frame
 
-    def __missing__(self, p: Tensor) -> Tensor:
-        self[p] = displaced = self.watch.displaced(p, self.terms[p])
+    def __missing__(self, which: int) -> Tensor:
+        self[which] = displaced = self.watch.displaced(*self.terms[which])
         return displaced
 
 
@@ -145,7 +157,8 @@ def _end(calls: Sequence[Displaced]) -> None:
     """Raise where a forward has written into a displaced weight, and so not into p."""
     for call in calls:
         call.watch.ended(call)
-        for p, displaced in call.items():
+        for which, displaced in call.items():
+            p, _ = call.terms[which]
             if displaced is not p and displaced._version:
                 raise RuntimeError(
                     f"the forward changes the weight {call.watch.name(p)} in place, and with noise "

@@ -266,6 +266,11 @@ class _DistributedOptimizer(Wrapper):
             return loss
         return evaluate
 
+    def _finish_exchange(self) -> None:
+        passes = self.__dict__.get("_passes")
+        if passes is not None and passes.under_way:
+            passes.complete(or_zeros=False)
+
     def _complete(self) -> None:
         if self._passes is not None and not self._passes.reduced:
             self._passes.complete(or_zeros=False)

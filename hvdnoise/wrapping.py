@@ -41,12 +41,16 @@ class Wrapper(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's groups."""
+        """The wrapped optimizer's groups. Who asks may look at gradients: they are whole."""
+        self._finish_exchange()
         return self._optimizer.param_groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self._optimizer.param_groups = groups
+
+    def _finish_exchange(self) -> None:
+        """Wait for gradients that are on their way."""
 
     @property
     def state(self) -> Any:
