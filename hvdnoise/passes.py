@@ -207,10 +207,11 @@ class Passes:
         """Wait for the exchange, whose buckets have all left."""
         if self.under_way:
             self._check_untouched()
+        self.under_way, self.broken = False, True  # unless it comes to its end
         self.order.announce(self.applied.world, self)
         exchange = self.current_exchange()
         self.applied.finish(exchange)
-        self.under_way, self.reduced = False, True
+        self.broken, self.reduced = False, True
         self._sparse.update({p: name for p, name in self._names.items()
                              if name in exchange.found_sparse})
 

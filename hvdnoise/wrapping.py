@@ -39,6 +39,9 @@ class Wrapper(torch.optim.Optimizer):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("a DistributedOptimizer cannot be pickled: save its state_dict()")
 
+    def __repr__(self) -> str:
+        return repr(self._optimizer)  # asks nobody for gradients
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's groups. Who asks may look at gradients: they are whole."""
