@@ -79,6 +79,8 @@ thread = _Thread()
 
 
 def lasting() -> tuple[Displaced, ...]:
+    if not thread.displaced:
+        return ()
     return tuple(each for each in thread.displaced if each.lasts())
 
 
@@ -143,7 +145,9 @@ class Displaced(dict[Any, Tensor]):
 
     def lasts(self) -> bool:
         """Whether the call is under way, where no `Call` will say that it has ended."""
-        frame: FrameType | None = sys._getframe(1) if self._frame is not None else None
+        if self._frame is None:
+            return True
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame is not self._frame:
             frame = frame.f_back
         return frame is self._frame
@@ -202,14 +206,17 @@ class Call:
         finally:
             thread.depth -= 1
             thread.displaced, thread.inside = before, thread.depth > 0
-        end(mine)
+        if mine:
+            end(mine)
         return result
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], compiling: bool
                ) -> tuple[tuple[Displaced, ...], list[Displaced]]:
         """The calls under way around this one, and this one for those whom it is new."""
         before = lasting()
-        known = {displaced.watch for displaced in before}
+        if not before and not torch.is_grad_enabled():
+            return before, []
+        known = [displaced.watch for displaced in before]
         mine = [displaced for watch in self.watches if watch not in known
                 and (displaced := watch.enter(self.module, args, kwargs)) is not None]
         compiling |= self.compiled is not None or is_compiled(self.module)
