@@ -55,7 +55,7 @@ class Passes:
         self.label = f"hvdnoise.{self.layout.digest}.{self._number}"
         self.order: FinishOrder = applied.world.order
         self.order.join(self)
-        self._begun = False  # there has been an exchange
+        self._begun = False  # the optimizers of the process have been counted
 
     @property
     def total(self) -> int:
@@ -169,8 +169,7 @@ class Passes:
         if self.done == 0:
             self.prepare()
             exchange = self.current_exchange()
-            if not self._begun:
-                self.order.begin()
+            self._count_optimizers()
             if all(p.grad is None or exchange.owns_gradient(p) for p in self.parameters()):
                 if or_zeros:
                     for p in self.parameters():
@@ -197,10 +196,14 @@ class Passes:
                 self._end_worker(in_pass=False)
             self._finish()
 
-    def _begin_exchange(self) -> None:
+    def _count_optimizers(self) -> None:
+        """Once, before the first exchange."""
         if not self._begun:
             self._begun = True
             self.order.begin()
+
+    def _begin_exchange(self) -> None:
+        self._count_optimizers()
         self.current_exchange().begin_step(self.applied.observe(self.layout))
 
     def _finish(self) -> None:
