@@ -44,6 +44,11 @@ class Bucket:
     device: torch.device
 
     @property
+    def key(self) -> str:
+        """What tells it from the layout's other buckets: the name of its first parameter."""
+        return self.names[0]
+
+    @property
     def size(self) -> int:
         """Numbers in the bucket."""
         return sum(self.sizes)
@@ -67,7 +72,7 @@ class Layout:
     """All buckets of an optimizer, in the order in which backward fills them."""
 
     buckets: tuple[Bucket, ...]
-    fingerprint: frozenset[object]  # what the layout was made for; another one asks for a new
+    fingerprint: frozenset[object]  # of the parameters; when it changes, a new layout is made
     # of names, shapes, strides and dtypes: equal on all ranks, or they may not exchange
     digest: str
 

@@ -44,6 +44,40 @@ def mix(weights_KW: Tensor, rows_Wn: Tensor, out_Kn: Tensor, factors_W1: Tensor 
         out_Kn[:, part] = weights_KW @ rows_Wn[:, part].to(wide)
 
 
+def slices(size: int, count: int) -> list[int]:
+    """Sizes of ``count`` parts of about the same size."""
+    return [size // count + (index < size % count) for index in range(count)]
+
+
+def pack(rows_VN: Tensor, sizes: list[int]) -> Tensor:
+    """The rows' slices, one rank's after the other's: (V * N,)."""
+    return torch.cat([part_Vn.reshape(-1) for part_Vn in rows_VN.split(sizes, dim=1)])
+
+
+def unpack(packed: Tensor, widths: list[int], wire: Wire, rows_VN: Tensor) -> None:
+    """Rows from what `pack` made of them on the wire, slice by slice."""
+    start, V = 0, len(rows_VN)
+    for part in packed.split([V * width for width in widths]):
+        numbers_Vn, factors_V1 = wire.decode(part.view(V, -1))
+        slot = rows_VN[:, start:start + numbers_Vn.shape[1]]
+        slot.copy_(numbers_Vn)
+        if factors_V1 is not None:
+            slot.mul_(factors_V1)
+        start += numbers_Vn.shape[1]
+
+
+def square(tensor: Tensor) -> float:
+    """The sum of the squares, in float32 or better."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float32).double().square()
+                 if tensor.dtype != torch.float64 else tensor.square().sum())
+
+
+def copy_into(target: Tensor, result: Tensor) -> None:
+    """Copy a result to its place, unless it is there."""
+    if result.data_ptr() != target.data_ptr():
+        target.copy_(result)
+
+
 class Wire:
     """Rows as they travel: "fp32" (as they are), "bf16" or "fp16", for tensors of ``dtype``.
 

@@ -23,122 +23,130 @@ from __future__ import annotations
 
 import logging
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from hvdnoise import comm
-from hvdnoise.applied import AppliedNoise, Measured, NoiseCoverage
 from hvdnoise.buckets import default_bucket_bytes
-from hvdnoise.costs import Plan, Shape, choose
 from hvdnoise.displacement import Term
-from hvdnoise.exchange import Options
-from hvdnoise.noise.base import Noise
-from hvdnoise.passes import Passes
+from hvdnoise.exchange_plan import Shape
+from hvdnoise.noise.base import MeanNoise, Noise, WeightNoise, WorkerNoise, check_noise
+from hvdnoise.noise_state import Measured, NoiseState
+from hvdnoise.parameters import OptimizerParameters
+from hvdnoise.plans import Choice, choose
+from hvdnoise.step import StepRunner
+from hvdnoise.tasks import Options
 from hvdnoise.watch import ModelWatch
+from hvdnoise.weight_noise import NoiseCoverage
 from hvdnoise.wrapping import Wrapper, check_arguments, named, wrap
 
 
 class _DistributedOptimizer(Wrapper):
     """What `DistributedOptimizer` returns; the actual class also inherits the wrapped one."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, applied: AppliedNoise, options: Options,
-                 plan: Plan, *, noise_in_eval: bool, **layout: Any) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, state: NoiseState, options: Options,
+                 choice: Choice, *, names: dict[Tensor, str], noise_in_eval: bool, per_worker: int,
+                 **layout: Any) -> None:
         super().__init__(optimizer)
-        self.applied, self._plan = applied, plan
+        self._noise_state, self._choice = state, choice
         self._should_synchronize = True
-        world, noise = applied.world, applied.noise
-        self._passes: Passes | None = None  # None: nothing to exchange, nothing is hooked
-        if world.size > 1 or (world.size == 1 and (noise or applied.virtual_workers > 1)):
-            if noise is not None and (noise.acts_on == "weights" or _counts_examples(noise)):
-                applied.watch = ModelWatch(_terms_of(weakref.ref(self)), layout["names"],
-                                           displaces=noise.acts_on == "weights",
-                                           in_eval=noise_in_eval)
-            self._passes = Passes(applied, options, optimizer=optimizer, **layout)
-
-    def _terms(self) -> dict[Tensor, Term]:
-        """What the next forward that trains is to be displaced by."""
-        passes = self._passes
-        if passes is None:
-            return {}
-        return self.applied.terms(passes.worker, passes.learning_rates)
+        world, noise = state.world, state.noise
+        self._runner: StepRunner | None = None  # None: nothing to exchange, nothing is hooked
+        if world.size > 1 or (world.size == 1 and (noise or state.virtual_workers > 1)):
+            displaces = isinstance(noise, WeightNoise)
+            if displaces or _counts_examples(noise):
+                state.watch = ModelWatch(_terms_of(weakref.ref(self)), names, displaces=displaces,
+                                         in_eval=noise_in_eval)
+            parameters = OptimizerParameters(optimizer, names, **layout)
+            self._runner = StepRunner(state, options, parameters, per_worker=per_worker)
 
     # ------------------------------------------------------------------ what there is to know
 
     @property
     def noise(self) -> Noise | None:
         """The noise that was given."""
-        return self.applied.noise
+        return self._noise_state.noise
 
     @property
     def virtual_workers(self) -> int:
         """V, the workers of this rank."""
-        return self.applied.virtual_workers
+        return self._noise_state.virtual_workers
+
+    @property
+    def workers(self) -> range:
+        """The indices of this rank's workers, among the W of all ranks."""
+        return self._noise_state.context().workers
+
+    @property
+    def backward_passes_per_step(self) -> int:
+        """k, the backward passes whose gradients add up to one worker's."""
+        return self._runner.per_worker if self._runner is not None else 1
 
     @property
     def steps(self) -> int:
         """Steps taken, by which schedules and random streams count."""
-        return self.applied.steps
+        return self._noise_state.steps
 
     @property
     def examples_per_worker(self) -> int:
         """Examples that the passes of this rank's last worker have had; 0 where nobody counts."""
-        return self.applied.examples_per_worker
+        return self._noise_state.examples_per_worker
 
     @property
     def noise_coverage(self) -> NoiseCoverage:
         """In how many steps noise on the weights was due, and in how many of them some gradient
         came from clean weights; on this rank, since the optimizer was made."""
-        return self.applied.coverage
+        return self._noise_state.coverage
 
     @property
     def measure(self) -> bool:
         """Whether each step computes `measured`: one more pass over the gradients, and 16 bytes
         through an allreduce. Set it alike on all ranks, before the first backward of a step."""
-        return self.applied.measure
+        return self._noise_state.measure
 
     @measure.setter
     def measure(self, on: bool) -> None:
-        self.applied.measure = on
+        self._noise_state.measure = on
 
     @property
     def measured(self) -> Measured | None:
         """The norms of the last exchange that was measured."""
-        return self.applied.measured
+        return self._noise_state.measured
 
     @property
     def loss_scale(self) -> float | Callable[[], float]:
         """The factor of the loss: a number or a function, such as a GradScaler's ``get_scale``."""
-        return self.applied.loss_scale
+        return self._noise_state.loss_scale
 
     @loss_scale.setter
     def loss_scale(self, scale: float | Callable[[], float]) -> None:
-        self.applied.loss_scale = scale
+        self._noise_state.loss_scale = scale
 
     @property
     def communication_seconds(self) -> float:
         """Seconds that this rank waited for the last exchange."""
-        exchange = self._passes.exchange if self._passes is not None else None
+        exchange = self._runner.exchange if self._runner is not None else None
         return exchange.seconds if exchange is not None else 0.0
 
     @property
     def exchange_plan(self) -> str:
-        """How the gradients and the noise travel: one of `hvdnoise.costs.PLANS`."""
-        return self._plan.name
+        """How the gradients and the noise travel: one of `hvdnoise.plans.PLANS`."""
+        return self._choice.name
 
     @property
     def exchange_reason(self) -> str:
         """Why this plan was taken, in words."""
-        return self._plan.reason
+        return self._choice.reason
 
     @property
     def noise_memory(self) -> int:
         """Bytes that this rank takes for the noise: the most of rows and displaced weights, and the
         most that was in flight, at a time."""
-        exchange = self._passes.exchange if self._passes is not None else None
-        return self.applied.memory + (exchange.memory if exchange is not None else 0)
+        exchange = self._runner.exchange if self._runner is not None else None
+        return self._noise_state.memory + (exchange.memory if exchange is not None else 0)
 
     # ------------------------------------------------------------------ the step
 
@@ -154,10 +162,7 @@ class _DistributedOptimizer(Wrapper):
         if losses.dim() != 1:
             raise ValueError(f"losses of shape {tuple(losses.shape)}: weigh() needs one loss per "
                              'example, from a criterion with reduction="none"')
-        if self._passes is None:
-            return losses.mean()
-        v, part = divmod(self._passes.done % self._passes.total, self._passes.per_worker)
-        return self.applied.weigh(losses, v, part, self._passes.per_worker)
+        return losses.mean() if self._runner is None else self._runner.weigh(losses)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -166,14 +171,8 @@ class _DistributedOptimizer(Wrapper):
         Their gradients stay this rank's own and add up in ``p.grad``; the next backward pass
         outside exchanges the sum.
         """
-        if self._passes is None:
+        with nullcontext() if self._runner is None else self._runner.no_sync():
             yield
-            return
-        before, self._passes.synced = self._passes.synced, False
-        try:
-            yield
-        finally:
-            self._passes.synced = before
 
     def synchronize(self) -> None:
         """Have the exchanged gradients in ``p.grad``, where they are after backward() anyway.
@@ -185,8 +184,8 @@ class _DistributedOptimizer(Wrapper):
         Raises:
             RuntimeError: when some of its virtual workers have had no backward pass.
         """
-        if self._passes is not None and not self._passes.reduced:
-            self._passes.complete(or_zeros=True)
+        if self._runner is not None:
+            self._runner.complete(or_zeros=True)
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -203,15 +202,13 @@ class _DistributedOptimizer(Wrapper):
         Raises:
             RuntimeError: between the backward passes of one step.
         """
-        passes = self._passes
-        if passes is not None and (passes.broken or passes.open
-                                   or 0 < passes.done < passes.total):
-            raise RuntimeError(f"zero_grad() after {passes.done} of {passes.total} backward "
-                               "passes: call step() first, or reset() to drop them")
-        self._begin_step()
+        step = self._runner
+        if step is not None:
+            step.check_clearable()
+            step.restart()
         self._optimizer.zero_grad(*args, **kwargs)
-        if passes is not None:
-            passes.prepare()  # so that hooks are there before the first gradient
+        if step is not None:
+            step.prepare()  # so that hooks are there before the first gradient
 
     def reset(self) -> None:
         """Drop the backward passes of an unfinished step and their gradients, on all ranks alike.
@@ -219,18 +216,10 @@ class _DistributedOptimizer(Wrapper):
         Raises:
             RuntimeError: when a part of the gradients is under way to the other ranks.
         """
-        passes = self._passes
-        if passes is not None and not passes.under_way and passes.exchange is not None \
-                and passes.exchange.in_flight:
-            raise RuntimeError("backward() broke off while gradients were being exchanged, and the "
-                               "other ranks wait for the rest: end this process")
-        self._begin_step()
+        if self._runner is not None:
+            self._runner.check_droppable()
+            self._runner.restart()
         self._optimizer.zero_grad()
-
-    def _begin_step(self) -> None:
-        if self._passes is not None:
-            self._passes.begin_step()
-            self.applied.begin_step()
 
     def distributed_step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the weights with the exchanged gradients.
@@ -242,7 +231,7 @@ class _DistributedOptimizer(Wrapper):
         Raises:
             RuntimeError: without a backward pass before, or without the closure that lag 0 needs.
         """
-        if self._passes is None:
+        if self._runner is None:
             return self._optimizer.step() if closure is None else self._optimizer.step(closure)
         lag_0 = self.noise is not None and self.noise.lag == 0
         if closure is not None:
@@ -252,79 +241,78 @@ class _DistributedOptimizer(Wrapper):
             raise RuntimeError("noise with lag=0 evaluates each batch twice: call step(closure)")
         else:
             if self._should_synchronize:
-                self._complete()
+                self._runner.complete()
             loss = self._optimizer.step()
-        self._passes.begin_step()
-        self.applied.end_step()
+        self._runner.step_taken()
         return loss
 
     def _exchanged(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def evaluate() -> Any:
             with torch.enable_grad():
                 loss = closure()
-            self._complete()
+            if self._runner is not None:
+                self._runner.complete()
             return loss
         return evaluate
 
     def _finish_exchange(self) -> None:
-        passes = self.__dict__.get("_passes")
-        if passes is not None and passes.under_way:
-            passes.complete(or_zeros=False)
-
-    def _complete(self) -> None:
-        if self._passes is not None and not self._passes.reduced:
-            self._passes.complete(or_zeros=False)
+        step = self.__dict__.get("_runner")
+        if step is not None:
+            step.complete_if_under_way()
 
     def _two_pass_step(self, closure: Callable[[], Any]) -> Any:
-        noise, watch = self.noise, self.applied.watch
-        assert noise is not None and watch is not None
-        self.applied.history.forget()
+        state = self._noise_state
+        assert state.watch is not None
+        state.forget_observations()
         closure()
-        self.applied.history.commit()
-        statistics = watch.normalization_statistics()
-        self.applied.observing = False
+        state.keep_observation()
+        statistics = state.watch.normalization_statistics()
+        state.observing = False
         try:
             loss = self._optimizer.step(closure)
         finally:
-            self.applied.observing = True
+            state.observing = True
         for buffer, before in statistics:
             buffer.copy_(before)
         return loss
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """As Horovod's, between two steps."""
-        if self._passes is not None:
-            self._passes.per_worker = passes
+        if self._runner is not None:
+            self._runner.per_worker = passes
 
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state and, under "hvdnoise", the noise's: this rank's own."""
         state = self._optimizer.state_dict()
+        if self._runner is not None:
+            self._runner.wait()
         if self.noise is not None:
-            state["hvdnoise"] = self.applied.state_dict()
+            state["hvdnoise"] = self._noise_state.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state; one without "hvdnoise" starts the noise anew."""
         state = dict(state_dict)
         own = state.pop("hvdnoise", None)
-        self._begin_step()
+        if self._runner is not None:
+            self._runner.restart()
         self._optimizer.load_state_dict(state)
-        if self._passes is not None:
-            self._passes.prepare()
-            self.applied.load_state_dict(own, self._passes.layout, self._passes.by_name())
+        if self._runner is not None:
+            self._runner.load_noise(own)
 
 
-def _counts_examples(noise: Noise) -> bool:
+def _counts_examples(noise: Noise | None) -> bool:
     """Whether the noise wants to know how many examples a worker has."""
-    return noise.acts_on in ("workers", "mean") and not getattr(noise, "batch_size", None)
+    return isinstance(noise, (WorkerNoise, MeanNoise)) and not getattr(noise, "batch_size", None)
 
 
 def _terms_of(reference: weakref.ref[_DistributedOptimizer]) -> Callable[[], dict[Tensor, Term]]:
     def terms() -> dict[Tensor, Term]:
         optimizer = reference()
-        return optimizer._terms() if optimizer is not None else {}
+        step = optimizer.__dict__.get("_runner") if optimizer is not None else None
+        return step.terms() if step is not None else {}
     return terms
 
 
@@ -377,6 +365,7 @@ def DistributedOptimizer(
     """
     if isinstance(optimizer, Wrapper):
         raise ValueError("the optimizer is a DistributedOptimizer already: wrap the plain one")
+    check_noise(noise)
     reduction = op if isinstance(op, str) else comm.op_name(op)
     groups = groups if groups is not None else num_groups or None
     parameters = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
@@ -398,20 +387,20 @@ def DistributedOptimizer(
                          "ranks, or pass virtual_workers=2 or more and as many backward passes")
     if getattr(compression, "__name__", None) == "NoneCompressor":
         compression = None
-    shape = Shape(sum(p.numel() for p in parameters), max(1, world.size), virtual_workers,
+    numbers = sum(p.numel() for p in parameters)
+    shape = Shape(numbers, max(1, world.size), virtual_workers,
                   max((p.dtype.itemsize for p in parameters), default=4), noise_precision)
     mixes = noise is not None and noise.mixes
-    plan = choose(exchange, shape, mixes=mixes, local_size=world.local_size,
-                  plain_mean=compression is None and gradient_predivide_factor == 1.0)
+    choice = choose(exchange, shape, mixes=mixes, local_size=world.local_size,
+                    plain_mean=compression is None and gradient_predivide_factor == 1.0)
     if mixes and world.rank == 0:
-        logging.getLogger("hvdnoise").info("exchange plan %s: %s", plan.name, plan.reason)
+        logging.getLogger("hvdnoise").info("exchange plan %s: %s", choice.name, choice.reason)
     options = Options(op=reduction, compression=compression, sparse_as_dense=sparse_as_dense,
                       gradient_predivide_factor=gradient_predivide_factor,
-                      keep_rows=noise is not None and noise.looks,
-                      lag=max(1, noise.lag) if noise is not None else 1, plan=plan.name,
+                      keep_rows=noise is not None and noise.needs_deviations,
+                      lag=max(1, noise.lag) if noise is not None else 1, plan=choice.plan,
                       precision=noise_precision,
-                      peers=world.group(plan.group_size) if plan.name == "group" else None)
-    applied = AppliedNoise(noise, world, virtual_workers)
-    return wrap(_DistributedOptimizer, optimizer, applied, options, plan, names=names,
-                noise_in_eval=noise_in_eval, per_worker=backward_passes_per_step,
-                bucket_bytes=limit, bucket_groups=groups)
+                      peers=world.group(choice.group_size) if choice.plan.grouped else None)
+    return wrap(_DistributedOptimizer, optimizer, NoiseState(noise, world, virtual_workers),
+                options, choice, names=names, noise_in_eval=noise_in_eval,
+                per_worker=backward_passes_per_step, bucket_bytes=limit, groups=groups)

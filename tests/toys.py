@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from hvdnoise import DistributedOptimizer, streams
-from hvdnoise.buckets import Layout
+from hvdnoise.buckets import build_layout
 from hvdnoise.comm import World
 from tests import reference
-from tests.fake_world import Meeting, ThreadWorld
 
 Array = reference.Array
 Batch = tuple[Tensor, Tensor]
@@ -105,17 +104,16 @@ def train(model: nn.Module, optimizer: Any, steps: int, *, b: int = 4, first: in
           loss_scale: float | Callable[[], float] = 1.0, dtype: torch.dtype = torch.float64,
           before_step: Callable[[int], None] | None = None) -> Record:
     """Whole steps, each of this rank's workers on its own examples; lag 0 by a closure."""
-    record, V, k = Record(), optimizer.virtual_workers, optimizer._passes.per_worker
+    record, k = Record(), optimizer.backward_passes_per_step
     optimizer.loss_scale = loss_scale
     factor = loss_scale() if callable(loss_scale) else loss_scale
-    rank = optimizer.applied.world.rank
     for step in range(first, first + steps):
         if before_step is not None:
             before_step(step)
 
         def closure() -> None:
             optimizer.zero_grad()
-            for worker in range(rank * V, rank * V + V):
+            for worker in optimizer.workers:
                 x, y = batch(step, worker, b, dtype)
                 for part in range(k):
                     part_x, part_y = x[part::k], y[part::k]
@@ -145,10 +143,9 @@ class Dense:
     def __init__(self, W: int, *, b: int = 4, learning_rates: Sequence[float] = (0.1,),
                  bucket_bytes: int = 2 ** 20) -> None:
         self.W, self.b = W, b
-        alone = ThreadWorld(Meeting(1, 1.0), 0)
-        self.model, optimizer = build(alone, V=2, learning_rates=learning_rates,
-                                      bucket_bytes=bucket_bytes)
-        self.layout: Layout = optimizer._passes.layout  # by which isotropic noise is drawn
+        self.model = Net()
+        # isotropic noise is drawn by buckets
+        self.layout = build_layout(list(self.model.named_parameters()), bucket_bytes=bucket_bytes)
         self.theta_P = reference.as_float64(vector(self.model.parameters()))
         self.sizes = [p.numel() for p in self.model.parameters()]
         self.rates = list(learning_rates)

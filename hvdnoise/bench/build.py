@@ -36,7 +36,7 @@ class Runner:
 
     def facts(self, ranks: int, group_size: int) -> dict[str, Any]:
         """What it says of itself, and what hvdnoise.costs says of it. Bytes per step."""
-        plan = getattr(self.optimizer, "exchange_plan", "own")
+        plan = getattr(self.optimizer, "exchange_plan", "allreduce")
         numbers = sum(p.numel() for p in self.model.parameters())
         return {"name": self.variant.name, "plan": plan,
                 "reason": getattr(self.optimizer, "exchange_reason", ""),

@@ -25,8 +25,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from hvdnoise.costs import PRECISIONS, Shape, bytes_received
+from hvdnoise.exchange_plan import PRECISIONS, Shape
 from hvdnoise.noise import GNC, CovarianceNoise, Noise
+from hvdnoise.plans import PLAIN
+from hvdnoise.plans import PLANS as _P
 
 METHODS = ("plain", "none", "ddp", "sam", "gnc-own", "gnc-isotropic", "gathered", "full-workers",
            "full-examples", "isotropic")
@@ -80,8 +82,8 @@ class Variant:
         The first pass of lag 0 costs an exchange of its own.
         """
         shape = Shape(numbers, ranks, precision=self.precision, group_size=group_size)
-        again = bytes_received("own", shape) if self.lag == 0 else 0.0
-        return bytes_received(plan, shape) + again
+        again = PLAIN.bytes_received(shape) if self.lag == 0 else 0.0
+        return _P[plan].bytes_received(shape) + again
 
 
 def parse(name: str) -> Variant:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from hvdnoise.noise.base import Noise, Situation
+from hvdnoise.noise.base import Noise, StepContext
 from hvdnoise.noise.full_examples import FullExampleCovariance
 from hvdnoise.noise.full_workers import FullWorkerCovariance
 from hvdnoise.noise.gnc import GNC
 from hvdnoise.noise.isotropic import IsotropicCovariance
 
-__all__ = ["COVARIANCES", "GNC", "CovarianceNoise", "Noise", "Situation", "make_noise"]
+__all__ = ["COVARIANCES", "GNC", "CovarianceNoise", "Noise", "StepContext", "make_noise"]
 
 COVARIANCES: dict[tuple[str, str], type[Noise]] = {  # (structure, source) -> class
     ("full", "workers"): FullWorkerCovariance,

@@ -1,27 +1,31 @@
 """What a noise is: where it acts, what it needs to know, and what it computes from that.
 
-The optimizer calls a noise in the order of a step. Everything it gets is a tensor or a number and
-everything it returns is; it never sees a parameter, a model or a collective, and keeps nothing of
-a step:
+The optimizer calls a noise in the order of a step. A noise gets tensors and numbers, and returns
+them. It never sees a model or a collective. Its class says where it acts, and so which calls it
+has:
 
-1. `worker_weights` or `example_weights`, before the reduction (noises on those weights);
-2. `observe`, when mean gradients are known, on parts of a bucket: statistics of the deviations;
-3. `mixing_weights`, for noises that displace by mixtures of all workers' deviations;
-4. `mean_noise`, added to the mean gradient (noises on the mean);
-5. `displacement`, before a forward `lag` steps later (noises on the weights).
+    WorkerNoise     `worker_weights`, before the reduction: a factor for each worker's gradient
+    ExampleNoise    `example_weights`, before backward: a factor for each example's loss
+    MeanNoise       `mean_noise`, after the reduction: added to the mean gradient
+    WeightNoise     `displacement`, before a forward ``lag`` steps later: added to the weights
+    MixingNoise     a WeightNoise made of mixtures of all workers' deviations: `mixing_weights`
 
-What 2 and 3 give is summed and mixed by the exchange, whatever way the gradients travel, and comes
-back as an `Observation`. A noise implements the calls that its `acts_on` names and inherits the
-rest. Its random numbers come from `hvdnoise.streams`, keyed by its seed, the step and, where ranks
-must differ, the worker.
+An `ObservingNoise`, which a noise may be as well, has `observe`: it sees the workers' deviations
+d_i = g_i - mean, part by part, and sums up statistics of them. The exchange sums these over the
+ranks, mixes rows by the mixing weights, and gives both back as an `Observation`.
+
+Random numbers come from `hvdnoise.streams`, keyed by the noise's seed, the step and, where ranks
+must differ, the worker. What else a noise keeps from step to step, such as a running mean, it puts
+into `StepContext.state`. So a checkpoint holds it, and a step that is not taken does not change it.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
-from typing import Any, Callable, ClassVar, Literal, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Callable, Literal, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,33 +36,90 @@ Schedule = float | Callable[[int], float]
 
 
 @dataclass(frozen=True)
-class Situation:
-    """What a noise may know about the step under way; equal on all ranks but for ``workers``."""
+class StepContext:
+    """What a noise may know about the step under way; equal on all ranks but for ``workers``.
+
+    Attributes:
+        step: 0 for the first.
+        num_workers: W, of all ranks.
+        workers: the indices, among the W, of this rank's workers.
+        examples_per_worker: b; 0 where it is not known.
+        state: what the noise keeps, tensors and numbers by names of its choice (`Bucket.key` for
+            what belongs to a bucket). What is set here counts once the step is taken. Set a new
+            tensor; do not change one in place. It starts anew where the buckets change.
+    """
 
     step: int
-    num_workers: int  # W, of all ranks
-    workers: range  # the indices, among the W, of this rank's workers
-    examples_per_worker: float  # b; 0 where it is not known
+    num_workers: int
+    workers: range
+    examples_per_worker: float
+    state: MutableMapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """How many numbers a noise sums up over the deviations; give one of the three.
+
+    Args:
+        per_bucket: numbers of a bucket, float64.
+        per_parameter: numbers of each parameter, float64.
+        elementwise: one for each number of the bucket, in its dtype but at least float32.
+    """
+
+    per_bucket: int = 0
+    per_parameter: int = 0
+    elementwise: bool = False
+
+    def size(self, *, numbers: int, parameters: int, buckets: int = 1) -> int:
+        """How many they are."""
+        if self.elementwise:
+            return numbers
+        return self.per_bucket * buckets + self.per_parameter * parameters
+
+    def itemsize(self, of_gradients: int = 4) -> int:
+        """Bytes of each, for gradients of so many bytes a number."""
+        return max(4, of_gradients) if self.elementwise else 8
+
+    def new(self, bucket: Bucket) -> Tensor:
+        """Zeros for one bucket."""
+        dtype = torch.promote_types(bucket.dtype, torch.float32) if self.elementwise \
+            else torch.float64
+        size = self.size(numbers=bucket.size, parameters=len(bucket.sizes))
+        return torch.zeros(size, dtype=dtype, device=bucket.device)
 
 
 @dataclass
 class Observation:
-    """What one step showed of the workers' deviations, by bucket."""
+    """What one step showed of the workers' deviations, by the index of the bucket.
 
-    layout: Layout  # its buckets
-    rows: dict[int, Tensor]  # (V, N): what `displaces_by` names, of this rank's workers
-    statistics: dict[int, Tensor]  # what `observe` returned, summed over all workers; on the CPU
-    examples: float  # of all workers together; nan where a worker's are not known
+    Attributes:
+        layout: its buckets.
+        rows: (V, N), what `Noise.rows` names, of this rank's workers.
+        statistics: what `observe` summed up, over all workers; on the CPU unless elementwise.
+        examples: of all workers together; nan where a worker's are not known.
+    """
+
+    layout: Layout
+    rows: dict[int, Tensor]
+    statistics: dict[int, Tensor]
+    examples: float
 
 
-class Noise:
-    """A structured gradient noise. ``seed`` is shared by all ranks."""
+class Noise(ABC):
+    """A structured gradient noise. Inherit from one of the classes below.
 
-    acts_on: ClassVar[Literal["weights", "workers", "examples", "mean"]]
-    # whether `observe` wants the deviations
-    observes: bool = False
-    # what `displacement` needs of the workers' deviations: each one's own, or a mixture of all
-    displaces_by: Literal["deviations", "mixtures"] | None = None
+    Args:
+        seed: of its random streams, shared by all ranks.
+
+    Attributes:
+        statistics: what it sums up over the deviations; None: it does not observe.
+        rows: what it needs of this rank's workers: each one's own deviations, or a mixture of all.
+        lag: for how many steps the observation is kept.
+        min_workers: the fewest that it can be estimated from.
+    """
+
+    statistics: Statistics | None = None
+    rows: Literal["deviations", "mixtures"] | None = None
     lag: int = 1
     min_workers: int = 1
 
@@ -68,71 +129,117 @@ class Noise:
         self.seed = seed
 
     @property
-    def looks(self) -> bool:
+    def needs_deviations(self) -> bool:
         """Whether it wants anything of a step's deviations."""
-        return self.observes or self.displaces_by is not None
+        return self.statistics is not None or self.rows is not None
 
     @property
     def mixes(self) -> bool:
         """Whether it needs mixtures of all workers' deviations."""
-        return self.displaces_by == "mixtures"
+        return self.rows == "mixtures"
 
     def describe(self) -> dict[str, Any]:
         """What must be equal on all ranks."""
         return {key: repr(value) for key, value in sorted(vars(self).items())
                 if not key.startswith("_") and not callable(value)}
 
-    def worker_weights(self, now: Situation) -> Tensor:
-        """(W,) float64: the factor of each worker's gradient in the mean; their mean is 1."""
-        raise AssertionError(f"{type(self).__name__} does not weigh workers")
 
-    def example_weights(self, worker: int, part: int, count: int, now: Situation) -> Tensor:
-        """(count,) float64: the factor of each example of this part of the worker's batch.
+class ObservingNoise(Noise):
+    """A noise that sums up statistics of the deviations; it says which in ``statistics``."""
 
-        ``part`` counts the backward passes that one worker accumulates.
-        """
-        raise AssertionError(f"{type(self).__name__} does not weigh examples")
+    @abstractmethod
+    def observe(self, bucket: Bucket, start: int, deviations_Kn: Tensor, out: Tensor,
+                context: StepContext) -> None:
+        """Add the statistics of a part of the deviations to ``out``.
 
-    def observe(self, bucket: Bucket, start: int, deviations_Kn: Tensor, now: Situation) -> Tensor:
-        """Statistics of a part of the deviations, float64 on their device.
-
-        What it returns is added up over all parts of a bucket and all workers, so it must be
-        additive in both, and of the same shape for every part.
+        Every part of a bucket comes once for each worker, on one of the ranks. ``out`` is summed
+        over the ranks, so what is added must be additive in parts and workers.
 
         Args:
             start: the part is ``[start, start + n)`` of the bucket.
             deviations_Kn: d_i of K of the workers there; not to be changed or kept.
+            out: (n,), the part's own, where statistics are elementwise; else (size,), the bucket's.
         """
-        raise AssertionError(f"{type(self).__name__} does not observe")
 
-    def mixing_weights(self, workers: Sequence[int], peers: Sequence[int], now: Situation
-                       ) -> Tensor:
-        """(workers, peers) float64: worker i's mixture is sum_j weights[i, j] d_j over its peers.
 
-        Each row adds up to 0, so that gradients serve as deviations. The same on all ranks for
-        the same workers.
+class WorkerNoise(Noise):
+    """A noise that acts on the weights of the workers' gradients in the mean."""
+
+    @abstractmethod
+    def worker_weights(self, context: StepContext) -> Tensor:
+        """(W,) float64: the factor of each worker's gradient; their mean is 1."""
+
+
+class ExampleNoise(Noise):
+    """A noise that acts on the weights of the examples' losses."""
+
+    @abstractmethod
+    def example_weights(self, worker: int, part: int, count: int, context: StepContext) -> Tensor:
+        """(count,) float64: the factor of each example of this part of the worker's batch.
+
+        ``part`` counts the backward passes that one worker accumulates.
         """
-        raise AssertionError(f"{type(self).__name__} does not mix")
 
-    def mean_noise(self, bucket: Bucket, seen: Observation, now: Situation) -> Tensor:
+
+class MeanNoise(Noise):
+    """A noise that is added to the mean gradient."""
+
+    @abstractmethod
+    def mean_noise(self, bucket: Bucket, observation: Observation, context: StepContext) -> Tensor:
         """(N,): what is added to the mean gradient; the same bits on every rank."""
-        raise AssertionError(f"{type(self).__name__} does not act on the mean")
 
+
+class WeightNoise(Noise):
+    """A noise that is added to each worker's weights, ``lag`` steps after the observation."""
+
+    @abstractmethod
     def displacement(self, bucket: Bucket, v: int, clean: Sequence[Tensor],
-                     learning_rates: Sequence[float | None], seen: Observation, now: Situation
-                     ) -> tuple[Tensor, list[float]]:
+                     learning_rates: Sequence[float | None], observation: Observation,
+                     context: StepContext) -> tuple[Tensor, list[float]]:
         """What is added to the weights of this rank's worker number ``v``.
 
         Args:
-            bucket: of the layout at the time of ``seen``.
+            bucket: of the observation's layout.
             clean: the weights, one tensor a parameter of the bucket; not to be changed.
             learning_rates: of the parameters, for the step under way; None where there is none.
-            seen: of the step `lag` steps before.
+            observation: of the step ``lag`` steps before.
 
         Returns:
             (N,) numbers, which are not changed afterwards, and a factor for each parameter.
         """
-        raise AssertionError(f"{type(self).__name__} does not act on the weights")
+
+
+class MixingNoise(WeightNoise):
+    """A noise on the weights that may need mixtures of all workers' deviations."""
+
+    @abstractmethod
+    def mixing_weights(self, workers: Sequence[int], peers: Sequence[int], context: StepContext
+                       ) -> Tensor:
+        """(workers, peers) float64: worker i's mixture is sum_j weights[i, j] d_j over its peers.
+
+        Each row adds up to 0, so that gradients serve as deviations. The same on all ranks for
+        the same workers. Asked for where ``rows`` is "mixtures".
+        """
+
+
+def check_noise(noise: object) -> None:
+    """Refuse what is no noise, or does not have the calls that it promises.
+
+    Raises:
+        TypeError: naming the class to inherit from.
+    """
+    if noise is None:
+        return
+    if not isinstance(noise, Noise):
+        raise TypeError(f"noise={noise!r} is no noise: pass GNC(...), CovarianceNoise(...) or None")
+    wanted: list[type | tuple[type, ...]] = [(WorkerNoise, ExampleNoise, MeanNoise, WeightNoise)]
+    wanted += [ObservingNoise] if noise.statistics is not None else []
+    wanted += [MixingNoise] if noise.mixes else []
+    for kinds in wanted:
+        if not isinstance(noise, kinds):
+            names = [kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,))]
+            raise TypeError(f"{type(noise).__name__} lacks the calls of {' or '.join(names)}: "
+                            "inherit from it")
 
 
 def at_step(schedule: Schedule, step: int) -> float:

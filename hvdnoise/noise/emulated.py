@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 
-from hvdnoise.noise.base import Noise, Situation
+from hvdnoise.noise.base import Noise, StepContext
 
 
 class EmulatedBatchNoise(Noise):
@@ -30,26 +30,26 @@ class EmulatedBatchNoise(Noise):
                 raise ValueError(f"{name}={value!r} must be an integer >= 1")
         self.emulated_batch = emulated_batch
         self.batch_size = batch_size
-        self._told = False
+        self._warned = False
 
-    def examples(self, now: Situation) -> float:
+    def examples(self, context: StepContext) -> float:
         """b, given or seen."""
-        examples = self.batch_size or now.examples_per_worker
+        examples = self.batch_size or context.examples_per_worker
         if not examples > 0:
             raise ValueError("covariance noise does not know how many examples a worker has: pass "
                              "batch_size= (per worker)")
         return examples
 
-    def missing_variance(self, now: Situation) -> float:
+    def missing_variance(self, context: StepContext) -> float:
         """1/M - 1/B; a batch of fewer than M examples lacks none."""
-        total = self.examples(now) * now.num_workers
+        total = self.examples(context) * context.num_workers
         if self.emulated_batch > total and self.batch_size:
             raise ValueError(f"emulated_batch={self.emulated_batch} is larger than the batch of "
-                             f"{total} ({now.num_workers} workers of {self.batch_size}): noise "
+                             f"{total} ({context.num_workers} workers of {self.batch_size}): noise "
                              "can only emulate a smaller batch")
-        if self.emulated_batch > total and not self._told:
-            self._told = True
-            warnings.warn(f"step {now.step} has {total:g} examples, fewer than "
+        if self.emulated_batch > total and not self._warned:
+            self._warned = True
+            warnings.warn(f"step {context.step} has {total:g} examples, fewer than "
                           f"emulated_batch={self.emulated_batch}: no noise in this and such steps",
                           stacklevel=2)
         return max(0.0, 1 / self.emulated_batch - 1 / total)

@@ -19,17 +19,15 @@ import torch
 from torch import Tensor
 
 from hvdnoise import streams
-from hvdnoise.noise.base import Situation
+from hvdnoise.noise.base import ExampleNoise, StepContext
 from hvdnoise.noise.emulated import EmulatedBatchNoise
 
 
-class FullExampleCovariance(EmulatedBatchNoise):
+class FullExampleCovariance(EmulatedBatchNoise, ExampleNoise):
     """Noise with the second moment of the examples' gradients (see the module)."""
 
-    acts_on = "examples"
-
-    def example_weights(self, worker: int, part: int, count: int, now: Situation) -> Tensor:
-        total = self.examples(now) * now.num_workers
-        xi = streams.normal(count, self.seed, "full-examples", now.step, worker, part,
+    def example_weights(self, worker: int, part: int, count: int, context: StepContext) -> Tensor:
+        total = self.examples(context) * context.num_workers
+        xi = streams.normal(count, self.seed, "full-examples", context.step, worker, part,
                             dtype=torch.float64)
-        return 1 + math.sqrt(self.missing_variance(now) * total) * xi  # (B-M)/M = (1/M - 1/B) B
+        return 1 + math.sqrt(self.missing_variance(context) * total) * xi  # (B-M)/M = (1/M - 1/B) B

@@ -18,18 +18,17 @@ import torch
 from torch import Tensor
 
 from hvdnoise import streams
-from hvdnoise.noise.base import Situation
+from hvdnoise.noise.base import StepContext, WorkerNoise
 from hvdnoise.noise.emulated import EmulatedBatchNoise
 
 
-class FullWorkerCovariance(EmulatedBatchNoise):
+class FullWorkerCovariance(EmulatedBatchNoise, WorkerNoise):
     """Noise with the covariance of the workers' gradients (see the module)."""
 
-    acts_on = "workers"
     min_workers = 2
 
-    def worker_weights(self, now: Situation) -> Tensor:
-        W, share = now.num_workers, self.missing_variance(now)
-        eps_W = streams.normal(W, self.seed, "full-workers", now.step, dtype=torch.float64)
-        c = W * math.sqrt(self.examples(now) * share / (W - 1))
+    def worker_weights(self, context: StepContext) -> Tensor:
+        W, share = context.num_workers, self.missing_variance(context)
+        eps_W = streams.normal(W, self.seed, "full-workers", context.step, dtype=torch.float64)
+        c = W * math.sqrt(self.examples(context) * share / (W - 1))
         return 1 + c * (eps_W - eps_W.mean())

@@ -18,7 +18,7 @@ For the random sources the root mean square is the expected one, so that their l
 deviations stays exactly normal. Where it acts: the weights of a worker, before forward; ranks
 differ on purpose. Lag 2 takes the deviations of two steps before, so that their exchange has a
 whole step's time. Bytes on the wire per step: own and isotropic none but 8 per bucket (relative:
-per parameter tensor); gathered: as the plan of the exchange says (hvdnoise.costs). The plan does
+per parameter tensor); gathered: as the plan of the exchange says (hvdnoise.plans). The plan does
 not change the law, but for these:
 
     group       sum over the k V workers of the rank's group alone, 1/sqrt(kV-1) for 1/sqrt(W-1),
@@ -44,10 +44,12 @@ from torch import Tensor
 from hvdnoise import streams
 from hvdnoise.buckets import Bucket
 from hvdnoise.noise.base import (
-    Noise,
+    MixingNoise,
     Observation,
+    ObservingNoise,
     Schedule,
-    Situation,
+    Statistics,
+    StepContext,
     at_step,
     check_scale,
     square_norm,
@@ -57,7 +59,7 @@ from hvdnoise.noise.base import (
 SOURCES = ("own", "gathered", "isotropic")
 
 
-class GNC(Noise):
+class GNC(MixingNoise, ObservingNoise):
     """Displace each worker's weights by gradient noise (see the module for the formulas).
 
     Args:
@@ -74,7 +76,6 @@ class GNC(Noise):
         ValueError: for a value outside these.
     """
 
-    acts_on = "weights"
     min_workers = 2
 
     def __init__(self, radius: Schedule | None = None, *, lr: Schedule | None = None,
@@ -93,57 +94,62 @@ class GNC(Noise):
         ((self.scale, value),) = given.items()
         self.size = check_scale(self.scale, value)
         self.source, self.lag = source, lag
-        self.observes = self.scale != "lr" or source == "isotropic"
-        if source != "isotropic":
-            self.displaces_by = "mixtures" if source == "gathered" else "deviations"
-
-    def observe(self, bucket: Bucket, start: int, deviations_Kn: Tensor, now: Situation) -> Tensor:
         if self.scale == "relative":
-            return square_norms(deviations_Kn, bucket, start)
-        return square_norm(deviations_Kn)
+            self.statistics = Statistics(per_parameter=1)
+        elif self.scale == "radius" or source == "isotropic":
+            self.statistics = Statistics(per_bucket=1)
+        if source != "isotropic":
+            self.rows = "mixtures" if source == "gathered" else "deviations"
 
-    def mixing_weights(self, workers: Sequence[int], peers: Sequence[int], now: Situation
+    def observe(self, bucket: Bucket, start: int, deviations_Kn: Tensor, out: Tensor,
+                context: StepContext) -> None:
+        if self.scale == "relative":
+            out += square_norms(deviations_Kn, bucket, start)
+        else:
+            out += square_norm(deviations_Kn)
+
+    def mixing_weights(self, workers: Sequence[int], peers: Sequence[int], context: StepContext
                        ) -> Tensor:
         weights = torch.stack([
-            streams.normal(now.num_workers, self.seed, "gnc-mix", now.step, worker,
+            streams.normal(context.num_workers, self.seed, "gnc-mix", context.step, worker,
                            dtype=torch.float64)[list(peers)]
             for worker in workers]) / math.sqrt(len(peers) - 1)
         return weights - weights.mean(dim=1, keepdim=True)
 
     def displacement(self, bucket: Bucket, v: int, clean: Sequence[Tensor],
-                     learning_rates: Sequence[float | None], seen: Observation, now: Situation
-                     ) -> tuple[Tensor, list[float]]:
-        if self.displaces_by is None:
-            unit_N = streams.normal(bucket.size, self.seed, "gnc-isotropic", now.step,
-                                    now.workers[v], bucket.index, device=bucket.device,
+                     learning_rates: Sequence[float | None], observation: Observation,
+                     context: StepContext) -> tuple[Tensor, list[float]]:
+        if self.rows is None:
+            unit_N = streams.normal(bucket.size, self.seed, "gnc-isotropic", context.step,
+                                    context.workers[v], bucket.index, device=bucket.device,
                                     dtype=bucket.dtype)
         else:
-            unit_N = seen.rows[bucket.index][v]
-        return unit_N, self._factors(bucket, clean, learning_rates, seen, now)
+            unit_N = observation.rows[bucket.index][v]
+        return unit_N, self._factors(bucket, clean, learning_rates, observation, context)
 
     def _factors(self, bucket: Bucket, clean: Sequence[Tensor],
-                 learning_rates: Sequence[float | None], seen: Observation, now: Situation
-                 ) -> list[float]:
+                 learning_rates: Sequence[float | None], observation: Observation,
+                 context: StepContext) -> list[float]:
         """What the rows (or normal numbers) are multiplied by, for each parameter."""
-        size = at_step(self.size, now.step)
+        size = at_step(self.size, context.step)
         rates = [1.0] * len(clean)
         if self.scale == "lr":
             rates = [_known(rate) for rate in learning_rates]
-        if not self.observes:  # lr
+        if self.statistics is None:  # lr
             sign = -1.0 if self.source == "own" else 1.0
             return [sign * size * rate for rate in rates]
         norms = [1.0] * len(clean)
         if self.scale == "relative":
             norms = torch.stack(torch._foreach_norm(list(clean))).tolist()
-            squares = seen.statistics[bucket.index].tolist()
+            squares = observation.statistics[bucket.index].tolist()
             numbers: Sequence[int] = bucket.sizes
         else:
-            squares = [sum(float(each) for each in seen.statistics.values())] * len(clean)
-            numbers = [seen.layout.numbers] * len(clean)
+            squares = [sum(float(each) for each in observation.statistics.values())] * len(clean)
+            numbers = [observation.layout.numbers] * len(clean)
         factors = []
         for norm, rate, square, number in zip(norms, rates, squares, numbers):
             # the (expected) mean square over the workers of |delta_i| at s = 1
-            spread = square / (now.num_workers - (self.source != "own"))
+            spread = square / (context.num_workers - (self.source != "own"))
             if spread == 0:
                 factors.append(0.0)
                 continue

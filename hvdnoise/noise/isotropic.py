@@ -18,24 +18,31 @@ from torch import Tensor
 
 from hvdnoise import streams
 from hvdnoise.buckets import Bucket
-from hvdnoise.noise.base import Observation, Situation, square_norm
+from hvdnoise.noise.base import (
+    MeanNoise,
+    Observation,
+    ObservingNoise,
+    Statistics,
+    StepContext,
+    square_norm,
+)
 from hvdnoise.noise.emulated import EmulatedBatchNoise
 
 
-class IsotropicCovariance(EmulatedBatchNoise):
+class IsotropicCovariance(EmulatedBatchNoise, MeanNoise, ObservingNoise):
     """White noise of the same variance as the structured noise (see the module)."""
 
-    acts_on = "mean"
-    observes = True
+    statistics = Statistics(per_bucket=1)
     min_workers = 2
 
-    def observe(self, bucket: Bucket, start: int, deviations_Kn: Tensor, now: Situation) -> Tensor:
-        return square_norm(deviations_Kn)
+    def observe(self, bucket: Bucket, start: int, deviations_Kn: Tensor, out: Tensor,
+                context: StepContext) -> None:
+        out += square_norm(deviations_Kn)
 
-    def mean_noise(self, bucket: Bucket, seen: Observation, now: Situation) -> Tensor:
-        squares = sum(float(square) for square in seen.statistics.values())
-        trace = squares * self.examples(now) / (now.num_workers - 1)
-        deviation = math.sqrt(self.missing_variance(now) * trace / seen.layout.numbers)
-        noise_N = streams.normal(bucket.size, self.seed, "isotropic", now.step, bucket.index,
+    def mean_noise(self, bucket: Bucket, observation: Observation, context: StepContext) -> Tensor:
+        squares = sum(float(square) for square in observation.statistics.values())
+        trace = squares * self.examples(context) / (context.num_workers - 1)
+        deviation = math.sqrt(self.missing_variance(context) * trace / observation.layout.numbers)
+        noise_N = streams.normal(bucket.size, self.seed, "isotropic", context.step, bucket.index,
                                  device=bucket.device, dtype=bucket.dtype)
         return noise_N.mul_(deviation)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from hvdnoise import costs
-from hvdnoise.costs import Plan, Shape
+from hvdnoise.exchange_plan import Shape
 from hvdnoise.planning.config import PlanConfig
+from hvdnoise.plans import Choice, choose
 from hvdnoise.training import models
 from hvdnoise.training.config import ConfigError
 from hvdnoise.training.dataspec import DataConfig
@@ -50,7 +50,7 @@ class Outline:
     total_steps: int
     parameters: int
     mixes: bool
-    plan: Plan
+    plan: Choice
 
     @property
     def batch(self) -> int:
@@ -82,8 +82,8 @@ def _outline(config: PlanConfig) -> Outline:
     parameters = count_parameters(config.model, classes, image_shape)
     noise = config.noise.build(seed=config.seed, batch_size=batch, total_steps=total)
     mixes = noise is not None and noise.mixes
-    plan = costs.choose(config.exchange, shape(config, parameters), mixes=mixes,
-                        local_size=config.ranks_per_host)
+    plan = choose(config.exchange, shape(config, parameters), mixes=mixes,
+                  local_size=config.ranks_per_host)
     return Outline(ranks, workers, batch, examples,
                    rate(0, peak, config.lr, steps_per_epoch=per_epoch, epochs=config.epochs),
                    peak, per_epoch, total, parameters, mixes, plan)

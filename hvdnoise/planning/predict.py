@@ -1,7 +1,8 @@
 """The numbers of a run before it runs: steps, rates, bytes, memory and a simple model of time.
 
-Bytes that a rank receives and the memory it takes are those of `hvdnoise.costs`. The model of time
-is simple on purpose; it assumes, with R ranks on hosts of r ranks each, numbered host by host:
+Bytes that a rank receives and the memory it takes are those of the plans (`hvdnoise.plans`). The
+model of time is simple on purpose. It assumes, with R ranks on hosts of r ranks each, numbered host
+by host:
 
 - The link of a host carries the stated bandwidth in each direction, and its ranks share it. Traffic
   inside a host, latency, the mixing and a few numbers per tensor (8 to 16 bytes) cost no time.
@@ -13,21 +14,20 @@ is simple on purpose; it assumes, with R ranks on hosts of r ranks each, numbere
 
 With the link's times N for what must arrive before the step ends, and T for all of it,
 
-    no noise, own   C - O + max(O, A)               A: of the allreduce
+    no mixtures     C - O + max(O, A)               A: of the allreduce
     lag 1           C - O + max(O, T)
     lag 2           max(T, C - O + max(O, N))       the mixtures have the whole next step to arrive
-    lag 0           lag 1 + no noise                two passes; the second reduces gradients only
+    lag 0           lag 1 + no mixtures             two passes; the second reduces gradients only
 
-N: the allreduce of allgather and group; all of gather-only, whose mean is in the rows; without the
-way back of the mixtures for transpose.
+N is what the mean needs, `ExchangePlan.needed_into_host`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hvdnoise import costs
-from hvdnoise.costs import Shape
+from hvdnoise.exchange_plan import ExchangePlan, Shape
+from hvdnoise.plans import PLAIN, PLANS, choose, with_group_size
 
 BACKWARD = 2 / 3  # share of the compute time
 
@@ -56,7 +56,7 @@ class Prediction:
     """What GNC costs with one plan of exchange, in one precision of the noise.
 
     Args:
-        plan: of `hvdnoise.costs.PLANS`.
+        plan: of `hvdnoise.plans.PLANS`.
         precision: of the noise on the wire.
         impossible: why the plan cannot be had; empty where it can.
         received: bytes that one rank receives in a step.
@@ -79,77 +79,53 @@ class Prediction:
     overhead: dict[int, float]
 
 
-def predict(plan: str, shape: Shape, cluster: Cluster, lags: tuple[int, ...] = (1, 2)
+def predict(plan: ExchangePlan, shape: Shape, cluster: Cluster, lags: tuple[int, ...] = (1, 2)
             ) -> Prediction:
     """The costs of a plan, ``shape.precision`` being the noise's."""
-    received, own = costs.bytes_received(plan, shape), costs.bytes_received("own", shape)
+    received, plain = plan.bytes_received(shape), PLAIN.bytes_received(_without_noise(shape))
     steps = {lag: step_seconds(plan, shape, cluster, lag) for lag in lags}
     seconds = {lag: time for lag, time in steps.items() if time is not None}
-    plain = step_seconds("own", shape, cluster, 1)
+    plain_step = step_seconds(PLAIN, _without_noise(shape), cluster, 1)
     return Prediction(
-        plan, shape.precision, why_not(plan, shape), received, received / own if own else None,
-        into_host(plan, shape, cluster),
-        {lag: costs.memory_bytes(plan, shape, lag=lag) for lag in lags}, seconds,
-        {lag: time / plain for lag, time in seconds.items()} if plain else {})
+        plan.name, shape.precision, why_not(plan, shape), received,
+        received / plain if plain else None, into_host(plan, shape, cluster),
+        {lag: plan.memory_bytes(shape, lag=lag) for lag in lags}, seconds,
+        {lag: time / plain_step for lag, time in seconds.items()} if plain_step else {})
 
 
-def why_not(plan: str, shape: Shape) -> str:
+def _without_noise(shape: Shape) -> Shape:
+    return replace(shape, statistics_bytes=0)
+
+
+def why_not(plan: ExchangePlan, shape: Shape) -> str:
     """Why a noise that mixes deviations cannot travel so; empty where it can."""
-    name = f"group:{shape.group_size}" if plan == "group" else plan
     try:
-        costs.choose("auto" if plan == "own" else name, shape, mixes=True)
+        choose(with_group_size(plan.name, shape.group_size) if plan.mixes else "auto", shape,
+               mixes=True)
     except ValueError as error:
         return str(error)
     return ""
 
 
-def into_host(plan: str, shape: Shape, cluster: Cluster) -> float:
+def into_host(plan: ExchangePlan, shape: Shape, cluster: Cluster) -> float:
     """Bytes that cross the link into one host in a step, the busiest one's (see the module)."""
-    if cluster.hosts == 1:
-        return 0.0
-    own, all_ = costs.bytes_received("own", shape), costs.bytes_received(plan, shape)
-    if plan == "transpose":  # its ring returns the mean: the second half of an allreduce
-        R, r = shape.ranks, cluster.ranks_per_host
-        return own / 2 + (all_ - own / 2) * r * (R - r) / (R - 1)
-    if plan == "group":
-        return own + (all_ - own) * _rings_into_a_host(cluster, shape.group_size)
-    return all_
+    return plan.bytes_into_host(shape, cluster.hosts, cluster.ranks_per_host)
 
 
-def _rings_into_a_host(cluster: Cluster, group_size: int) -> int:
-    """How many groups have ranks both in a host and elsewhere; of the host with most."""
-    r, most = cluster.ranks_per_host, 0
-    for first in range(0, cluster.hosts * r, r):
-        groups = {rank // group_size for rank in range(first, first + r)}
-        most = max(most, sum(group * group_size < first or (group + 1) * group_size > first + r
-                             for group in groups))
-    return most
-
-
-def _needed_into_host(plan: str, shape: Shape, cluster: Cluster) -> float:
-    """That part of `into_host` that must arrive before the step ends."""
-    if plan in ("allgather", "group"):
-        plan = "own"
-    total = into_host(plan, shape, cluster)
-    if plan != "transpose":
-        return total
-    mixtures = total - into_host("own", shape, cluster) / 2  # both alltoalls
-    return total - mixtures * shape.noise_itemsize / (shape.itemsize + shape.noise_itemsize)
-
-
-def step_seconds(plan: str, shape: Shape, cluster: Cluster, lag: int) -> float | None:
+def step_seconds(plan: ExchangePlan, shape: Shape, cluster: Cluster, lag: int) -> float | None:
     """Seconds of a step; None where bandwidth or compute time is not known."""
     if cluster.bytes_per_second is None or cluster.compute_seconds is None:
         return None
     rate, compute = cluster.bytes_per_second, cluster.compute_seconds
     window = BACKWARD * compute / cluster.passes
     every = into_host(plan, shape, cluster) / rate
-    needed = _needed_into_host(plan, shape, cluster) / rate
+    needed = plan.needed_into_host(shape, cluster.hosts, cluster.ranks_per_host) / rate
     if lag == 2:
         return max(every, compute - window + max(window, needed))
     step = compute - window + max(window, every)
     if lag == 0:
-        step += compute - window + max(window, into_host("own", shape, cluster) / rate)
+        plain = into_host(PLAIN, _without_noise(shape), cluster) / rate
+        step += compute - window + max(window, plain)
     return step
 
 
@@ -157,5 +133,5 @@ def predict_all(shape: Shape, cluster: Cluster, lags: tuple[int, ...] = (1, 2)
                 ) -> list[Prediction]:
     """Every plan, in 32 bits and, where the noise travels by itself, in 16."""
     return [predict(plan, replace(shape, precision=precision), cluster, lags)
-            for plan in costs.PLANS for precision in ("fp32", "bf16")
-            if plan != "own" or precision == "fp32"]
+            for plan in PLANS.values() for precision in ("fp32", "bf16")
+            if plan.mixes or precision == "fp32"]

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hvdnoise.applied import Measured
 from hvdnoise.comm import World
+from hvdnoise.noise_state import Measured
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hvdnoise.costs import Shape, choose
+from hvdnoise.exchange_plan import Shape
+from hvdnoise.plans import choose
 from hvdnoise.training.config import ConfigError, TrainConfig
 
 

@@ -86,7 +86,7 @@ def check_requires_grad_toggled(world: World) -> None:
             plain.zero_grad()
             losses.mean().backward()
             plain.step()
-        mixes = noise is not None and noise.displaces_by == "mixtures"
+        mixes = noise is not None and noise.rows == "mixtures"
         assert close(model.parameters(), twin.parameters()) or mixes
         assert_ranks_agree(world, model.parameters())
 

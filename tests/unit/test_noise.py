@@ -11,16 +11,25 @@ from torch import Tensor, nn
 
 from hvdnoise import GNC, CovarianceNoise, make_noise, streams
 from hvdnoise.buckets import Bucket, Layout, build_layout
-from hvdnoise.noise import COVARIANCES, Noise, Situation
-from hvdnoise.noise.base import Observation, at_step, check_scale, square_norms
+from hvdnoise.noise import COVARIANCES, Noise, StepContext
+from hvdnoise.noise.base import (
+    MeanNoise,
+    Observation,
+    Statistics,
+    WeightNoise,
+    at_step,
+    check_noise,
+    check_scale,
+    square_norms,
+)
 from tests import reference
 from tests.toys import relative_error
 
 NAN, INFINITY = float("nan"), float("inf")
 
 
-def situation(step: int = 0, W: int = 4, workers: range = range(4), b: int = 8) -> Situation:
-    return Situation(step, W, workers, b)
+def context(step: int = 0, W: int = 4, workers: range = range(4), b: int = 8) -> StepContext:
+    return StepContext(step, W, workers, b)
 
 
 def layout(bucket_bytes: int = 100) -> Layout:
@@ -124,7 +133,7 @@ def test_what_ranks_must_agree_on() -> None:
 
 @pytest.mark.parametrize("W, b, M", [(2, 1, 1), (4, 8, 3), (5, 2, 10), (8, 16, 1)])
 def test_worker_weights(W: int, b: int, M: int) -> None:
-    now, noise = situation(9, W, range(W), b), CovarianceNoise("full", M, seed=2)
+    now, noise = context(9, W, range(W), b), CovarianceNoise("full", M, seed=2)
     weights_W = noise.worker_weights(now)
     epsilon_W = streams.normal(W, 2, "full-workers", 9, dtype=torch.float64)
     assert relative_error(weights_W, reference.worker_weights(epsilon_W, b, M)) < 1e-13
@@ -136,12 +145,12 @@ def test_worker_weights(W: int, b: int, M: int) -> None:
 
 def test_worker_weights_are_the_same_wherever_workers_live() -> None:
     noise = CovarianceNoise("full", 3)
-    assert torch.equal(noise.worker_weights(situation(workers=range(0, 1))),
-                       noise.worker_weights(situation(workers=range(2, 4))))
+    assert torch.equal(noise.worker_weights(context(workers=range(0, 1))),
+                       noise.worker_weights(context(workers=range(2, 4))))
 
 
 def test_example_weights() -> None:
-    noise, now = CovarianceNoise("full", 5, source="examples", seed=3), situation(7)
+    noise, now = CovarianceNoise("full", 5, source="examples", seed=3), context(7)
     weights = [noise.example_weights(worker, 0, 8, now) for worker in range(4)]
     xi_B = torch.cat([streams.normal(8, 3, "full-examples", 7, worker, 0, dtype=torch.float64)
                       for worker in range(4)])
@@ -160,25 +169,25 @@ def observed(source: str, step: int = 0, noise: GNC | None = None, same: bool = 
              ) -> tuple[GNC, Observation, Tensor]:
     """A noise, what it has seen of four workers on one rank, and their gradients (W, P)."""
     noise = noise or GNC(lr=1.0, source=source)
-    W, gradients_WP, seen, now = 4, [], observation(), situation(step, 4)
+    W, gradients_WP, seen, now = 4, [], observation(), context(step, 4)
     for bucket in buckets():
         gradients_WN = 2 + streams.normal((W, bucket.size), 5, "g", bucket.index,
                                           dtype=torch.float64)
         if same:
             gradients_WN[:] = 1.0
         deviations_WN = gradients_WN - gradients_WN.mean(dim=0)
-        if noise.displaces_by == "mixtures":
+        if noise.rows == "mixtures":
             weights = noise.mixing_weights(range(W), range(W), now)
             assert float(weights.sum(dim=1).abs().max()) < 1e-15
             seen.rows[bucket.index] = weights @ gradients_WN
-        elif noise.displaces_by == "deviations":
+        elif noise.rows == "deviations":
             seen.rows[bucket.index] = deviations_WN
-        if noise.observes:
+        if noise.statistics is not None:
             half = bucket.size // 2  # the parts of a bucket add up, and so do the workers
-            parts = [noise.observe(bucket, start, deviations_WN[rows, start:stop], now)
-                     for start, stop in ((0, half), (half, bucket.size))
-                     for rows in (slice(0, 1), slice(1, 4))]
-            seen.statistics[bucket.index] = torch.stack(parts).sum(dim=0)
+            out = seen.statistics[bucket.index] = noise.statistics.new(bucket)
+            for start, stop in ((0, half), (half, bucket.size)):
+                for rows in (slice(0, 1), slice(1, 4)):
+                    noise.observe(bucket, start, deviations_WN[rows, start:stop], out, now)
         gradients_WP.append(gradients_WN)
     return noise, seen, torch.cat(gradients_WP, dim=1)
 
@@ -193,7 +202,7 @@ def displacements(noise: GNC, seen: Observation, *_: Tensor, step: int = 1, rate
             clean = [p.detach() for p in bucket.parameters]
             before = [p.clone() for p in clean]
             unit_N, factors = noise.displacement(bucket, v, clean, [rates] * len(clean), seen,
-                                                 situation(step))
+                                                 context(step))
             assert all(map(torch.equal, clean, before)), "the clean weights were written"
             row += [factor * unit.flatten() for factor, unit in zip(factors, bucket.views(unit_N))]
         rows.append(torch.cat(row))
@@ -237,7 +246,7 @@ def test_no_deviation_no_displacement() -> None:
 
 def test_a_scale_in_steps_needs_no_statistics() -> None:
     """Nothing but rows: no norms to compute, nothing to add up over the ranks."""
-    wants = {(source, scale): GNC(**{scale: 1.0}, source=source).observes  # type: ignore[arg-type]
+    wants = {(source, scale): GNC(**{scale: 1.0}, source=source).statistics  # type: ignore
              for source in ("own", "gathered", "isotropic") for scale in ("lr", "radius")}
     assert [key for key, wanted in wants.items() if not wanted] == [("own", "lr"),
                                                                     ("gathered", "lr")]
@@ -256,18 +265,37 @@ def test_square_norms_of_each_parameter(cuts: list[int]) -> None:
     assert half.tolist() == pytest.approx([2e6 * size for size in bucket.sizes], rel=1e-6)
 
 
-# ---- a new noise is one class
+# ---- a noise's class says which calls it has
 
-def test_a_noise_of_another_kind_says_so() -> None:
-    noise: Noise = CovarianceNoise("isotropic", 4)
-    seen = observation()
-    calls = [lambda: noise.worker_weights(situation()),
-             lambda: noise.example_weights(0, 0, 8, situation()),
-             lambda: noise.displacement(buckets()[0], 0, [], [], seen, situation()),
-             lambda: noise.mixing_weights([0], [0, 1], situation()),
-             lambda: CovarianceNoise("full", 4).observe(buckets()[0], 0, torch.zeros(1, 2),
-                                                        situation()),
-             lambda: GNC(0.1).mean_noise(buckets()[0], seen, situation())]
-    for call in calls:
-        with pytest.raises(AssertionError, match="does not"):
-            call()
+class Halfway(WeightNoise):
+    """Lacks `displacement`."""
+
+
+class Unobserving(MeanNoise):
+    statistics = Statistics(per_bucket=1)
+
+    def mean_noise(self, *_: Any) -> Tensor:
+        raise NotImplementedError
+
+
+class Unmixing(WeightNoise):
+    rows = "mixtures"
+
+    def displacement(self, *_: Any) -> tuple[Tensor, list[float]]:
+        raise NotImplementedError
+
+
+class Nowhere(Noise):
+    pass
+
+
+def test_a_call_that_is_missing_is_found_before_training() -> None:
+    with pytest.raises(TypeError, match="displacement"):
+        Halfway()  # type: ignore[abstract]
+    for noise, remedy in ((Unobserving(), "ObservingNoise"), (Unmixing(), "MixingNoise"),
+                          (Nowhere(), "MeanNoise"), ("gnc", "GNC"), (GNC, "GNC")):
+        with pytest.raises(TypeError, match=remedy) as caught:
+            check_noise(noise)
+        assert "\n" not in str(caught.value)
+    for right in (None, GNC(0.1), CovarianceNoise("full", 4), CovarianceNoise("isotropic", 4)):
+        check_noise(right)

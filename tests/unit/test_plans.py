@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from hvdnoise import GNC, CovarianceNoise, exchange
-from hvdnoise.costs import PLANS, Shape, bytes_received, choose, memory_bytes
+from hvdnoise.exchange_plan import Shape
 from hvdnoise.mixing import Buffers, Wire, average, mix
+from hvdnoise.noise import StepContext
+from hvdnoise.plans import PLAIN, PLANS, choose
 from tests import reference
 from tests.fake_world import ThreadWorld, run_threads
 from tests.laws import assert_normal
@@ -113,14 +115,13 @@ def test_16_bits_stay_within_their_bound(plan: str, precision: str, share: float
     exact, rounded = displaced("fp32"), displaced(precision)
     error = (rounded - exact).abs()
     deviations_WP = torch.from_numpy(reference.deviations(laws.examples().mean(dim=1)))
-    weights_WW = make().mixing_weights(range(4), range(4), laws_situation())
+    weights_WW = make().mixing_weights(range(4), range(4), laws_context())
     bound = exact.abs() if plan == "transpose" else weights_WW.abs() @ deviations_WP.abs()
     assert bool((error <= share * bound * 1.001).all()) and float(error.max()) > 0
 
 
-def laws_situation() -> Any:
-    from hvdnoise.noise import Situation
-    return Situation(step=0, num_workers=4, workers=range(4), examples_per_worker=2)
+def laws_context() -> StepContext:
+    return StepContext(step=0, num_workers=4, workers=range(4), examples_per_worker=2)
 
 
 def through(wire: Wire, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -175,7 +176,7 @@ def test_means_and_mixtures_of_16_bits_are_computed_wide() -> None:
 # ---- the choice
 
 @pytest.mark.parametrize("ranks, V, precision, expected", [
-    (1, 4, "fp32", "own"), (2, 1, "fp32", "gather-only"), (3, 1, "fp32", "gather-only"),
+    (1, 4, "fp32", "allreduce"), (2, 1, "fp32", "gather-only"), (3, 1, "fp32", "gather-only"),
     (4, 1, "fp32", "transpose"), (64, 1, "fp32", "transpose"), (2, 4, "fp32", "gather-only"),
     (2, 1, "bf16", "gather-only"), (3, 1, "bf16", "transpose"), (8, 2, "fp16", "transpose")])
 def test_auto_takes_the_fewest_bytes(ranks: int, V: int, precision: str, expected: str) -> None:
@@ -183,26 +184,30 @@ def test_auto_takes_the_fewest_bytes(ranks: int, V: int, precision: str, expecte
     plan = choose("auto", shape, mixes=True)
     assert plan.name == expected
     if ranks > 1:
-        least = min(bytes_received(each, shape) for each in SAME)
-        assert bytes_received(plan.name, shape) == least and "fewest bytes" in plan.reason
+        least = min(PLANS[each].bytes_received(shape) for each in SAME)
+        assert plan.plan.bytes_received(shape) == least and "fewest bytes" in plan.reason
         assert choose("auto", shape, mixes=True, plain_mean=False).name == "allgather"
-    assert choose("auto", Shape(1000, ranks, V), mixes=False).name == "own"
+    assert choose("auto", Shape(1000, ranks, V), mixes=False).plan is PLAIN
 
 
 def test_bytes_of_the_plans() -> None:
     """METHODS' formulas at 4 ranks and 100 numbers, by hand."""
     shape = Shape(100, 4)
-    assert {plan: bytes_received(plan, Shape(100, 4, group_size=2)) for plan in PLANS} == {
-        "own": 600, "allgather": 1800, "gather-only": 1200, "transpose": 900, "group": 1000}
+    full = Shape(100, 4, group_size=2)
+    assert {name: plan.bytes_received(full) for name, plan in PLANS.items()} == {
+        "allreduce": 600, "allgather": 1800, "gather-only": 1200, "transpose": 900, "group": 1000}
     half = Shape(100, 4, precision="bf16", group_size=2)
-    assert {plan: bytes_received(plan, half) for plan in PLANS} == {
-        "own": 600, "allgather": 1200, "gather-only": 1200, "transpose": 750, "group": 800}
-    assert bytes_received("transpose", Shape(100, 512)) < 1.5 * 800
-    assert memory_bytes("own", shape) == 800 and memory_bytes("transpose", shape) == 1200
+    assert {name: plan.bytes_received(half) for name, plan in PLANS.items()} == {
+        "allreduce": 600, "allgather": 1200, "gather-only": 1200, "transpose": 750, "group": 800}
+    assert PLANS["transpose"].bytes_received(Shape(100, 512)) < 1.5 * 800
+    assert PLAIN.memory_bytes(shape) == 800
+    assert PLANS["transpose"].memory_bytes(shape) == 1200
+    summed = Shape(100, 4, statistics_bytes=400)
+    assert PLAIN.bytes_received(summed) == 1200 and PLAIN.memory_bytes(summed) == 1600
 
 
 @pytest.mark.parametrize("noise, options, value, remedy", [
-    (GNC(1, source="gathered"), {"exchange": "own"}, "'own'", "use auto"),
+    (GNC(1, source="gathered"), {"exchange": "allreduce"}, "'allreduce'", "use auto"),
     (GNC(1, source="gathered"), {"exchange": "ring"}, "'ring'", "one of auto"),
     (GNC(1, source="gathered"), {"exchange": "transpose:2"}, "'transpose:2'", "one of auto"),
     (GNC(1, source="gathered"), {"exchange": "group:x"}, "'group:x'", "group:K"),
@@ -270,7 +275,7 @@ def cost(size: int, plan: str, precision: str = "fp32") -> tuple[float, float]:
     """Bytes that a rank receives in a step, and its memory for the noise, in multiples of 4P."""
     def work(world: ThreadWorld) -> tuple[float, float]:
         counting = CountingWorld(world.meeting, world.rank)
-        noise = GNC(lr=1.0, source="own" if plan == "own" else "gathered")
+        noise = GNC(lr=1.0, source="own" if plan == "allreduce" else "gathered")
         model = torch.nn.Sequential(*(torch.nn.Linear(80, 80) for _ in range(3)))
         _, optimizer = build(counting, noise, model=model, exchange=plan, bucket_bytes=26_000,
                              noise_precision=precision)
@@ -287,12 +292,12 @@ def cost(size: int, plan: str, precision: str = "fp32") -> tuple[float, float]:
 
 @pytest.mark.parametrize("size", [2, 4, 8, 64])
 def test_bytes_and_memory_do_not_grow_with_the_workers(size: int) -> None:
-    """own: 2 P; transpose: 3 P, and 1.5 allreduces, for any number of workers."""
+    """allreduce: 2 P; transpose: 3 P, and 1.5 allreduces, for any number of workers."""
     shape = Shape(1, size, itemsize=1)
-    received, memory = cost(size, "own")
-    assert received == pytest.approx(bytes_received("own", shape)) and memory == 2
+    received, memory = cost(size, "allreduce")
+    assert received == pytest.approx(PLAIN.bytes_received(shape)) and memory == 2
     received, memory = cost(size, "transpose")
-    assert received == pytest.approx(bytes_received("transpose", shape), rel=0.02)
+    assert received == pytest.approx(PLANS["transpose"].bytes_received(shape), rel=0.02)
     assert received < 3 and memory < 3.05  # slices are rounded up
 
 
@@ -301,4 +306,5 @@ def test_bytes_and_memory_do_not_grow_with_the_workers(size: int) -> None:
 def test_bytes_are_as_predicted(plan: str, precision: str) -> None:
     received, _ = cost(4, plan, precision)
     whole = Shape(10 ** 6, 4, precision=precision)
-    assert received == pytest.approx(bytes_received(plan, whole) / (4 * whole.numbers), rel=0.01)
+    expected = PLANS[plan].bytes_received(whole) / (4 * whole.numbers)
+    assert received == pytest.approx(expected, rel=0.01)

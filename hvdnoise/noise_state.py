@@ -1,0 +1,302 @@
+"""A noise at work in an optimizer: what happens to it in the course of a step, on this rank.
+
+Here a noise, which gets numbers only, meets the model's weights, the exchange and the other ranks.
+Without a noise it does nothing, and counts the steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import ChainMap, deque
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+from hvdnoise.buckets import Layout
+from hvdnoise.comm import World
+from hvdnoise.displacement import Term
+from hvdnoise.exchange import Exchange
+from hvdnoise.mixing import square
+from hvdnoise.noise.base import (
+    ExampleNoise,
+    MeanNoise,
+    Noise,
+    StepContext,
+    WeightNoise,
+    WorkerNoise,
+)
+from hvdnoise.pending import PendingObservation
+from hvdnoise.watch import ModelWatch
+from hvdnoise.weight_noise import Displacements, NoiseCoverage, Rates
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Squared norms of one step, equal on all ranks, in units of the unscaled loss."""
+
+    worker_square_norm: float  # mean over the workers of |g_i|^2
+    gradient_square_norm: float  # |g|^2 of the gradient that the update uses, noise included
+    # of the displacements over all workers, or of the noise on the mean; None for the noises that
+    # act through weights of workers or examples, whose noise is never formed
+    noise_rms: float | None
+
+
+class NoiseState:
+    """A noise (or None) with the state of the step under way.
+
+    Attributes:
+        steps: steps taken; schedules and random streams count by it.
+        measure: whether each step computes `measured`.
+        loss_scale: the factor of the loss, or a function that tells it (a GradScaler's
+            ``get_scale``); what the noise observes is divided by it.
+        observing: whether the noise may observe; not in the second pass of lag 0.
+        watch: the calls of the model's modules; None where no noise needs to know of them.
+        memory: the most bytes that rows, statistics and displaced weights took at a time.
+    """
+
+    def __init__(self, noise: Noise | None, world: World, virtual_workers: int) -> None:
+        self.noise, self.world, self.virtual_workers = noise, world, virtual_workers
+        self.steps = self.memory = 0
+        self.measure = False
+        self.measured: Measured | None = None
+        self.loss_scale: float | Callable[[], float] = 1.0
+        self.observing = True
+        self.watch: ModelWatch | None = None
+        self._weights = Displacements(noise) if isinstance(noise, WeightNoise) else None
+        # of the last steps that were taken, for a noise that needs them `lag` steps later
+        self._past: deque[PendingObservation] = deque(maxlen=max(1, noise.lag if noise else 1))
+        self._pending: PendingObservation | None = None  # of the step under way
+        self._kept: dict[str, Any] = {}  # what the noise keeps, of the steps that were taken
+        self._set: dict[str, Any] = {}  # and in the step under way
+        self._kept_of: str | None = None  # the digest of its layout
+        self._last_examples = 0
+        self._weighed = False  # what the next backward pass comes from
+        self.forget_passes()
+
+    def forget_passes(self) -> None:
+        """Nothing of the passes under way remains; what they have shown is dropped."""
+        self._pending = None
+        self._set.clear()
+        self._worker_weights: dict[float, list[float]] = {}  # by examples of a worker
+        self._local_squares: list[Tensor] = []
+        self._added_square = 0.0  # of the noise on the mean
+        self._examples: list[list[int]] = [[]]  # by worker and pass
+        if self._weights is not None:
+            self._weights.forget_passes()
+
+    def step_taken(self) -> None:
+        """What was observed and set in this step counts from now on."""
+        if self._weights is not None:
+            self._weights.step_taken()
+        self._kept.update(self._set)
+        if self.noise is not None and self.noise.lag == 0:
+            self.forget_observations()
+        self.keep_observation()
+        self.steps += 1
+        self._weighed = False
+        if self.watch is not None:
+            self.watch.end_step()
+        self.forget_passes()
+
+    def keep_observation(self) -> None:
+        """Keep what was observed, if the noise needs it in a later step."""
+        if self._pending is not None and self._weights is not None:
+            self._past.append(self._pending)
+        self._pending = None
+
+    def forget_observations(self) -> None:
+        """The next step is as the first."""
+        self._pending = None
+        self._past.clear()
+
+    def start_observation(self, layout: Layout) -> PendingObservation | None:
+        """What the noise is to observe of the exchange whose first backward pass begins."""
+        noise = self.noise
+        if self._kept_of != layout.digest:
+            self._kept, self._kept_of = {}, layout.digest
+        if noise is None or not self.observing or not noise.needs_deviations:
+            return None
+        self._pending = PendingObservation(noise, self.context(), layout, self._current_loss_scale)
+        return self._pending
+
+    def _current_loss_scale(self) -> float:
+        return float(self.loss_scale() if callable(self.loss_scale) else self.loss_scale)
+
+    def context(self, examples: float = 0) -> StepContext:
+        """The step under way; ``examples``: of a worker."""
+        first = self.world.rank * self.virtual_workers
+        return StepContext(step=self.steps, num_workers=self.world.size * self.virtual_workers,
+                           workers=range(first, first + self.virtual_workers),
+                           examples_per_worker=examples, state=ChainMap(self._set, self._kept))
+
+    # ------------------------------------------------------------------ before the reduction
+
+    @property
+    def coverage(self) -> NoiseCoverage:
+        """Of the steps so far."""
+        return self._weights.coverage if self._weights is not None else NoiseCoverage()
+
+    @torch.no_grad()
+    def terms(self, v: int, learning_rates: Rates) -> dict[Tensor, Term]:
+        """The delta of each parameter for this rank's worker number ``v``; see `Displacements`."""
+        if self._weights is None:
+            return {}
+        due = self._past[0] if len(self._past) == self._past.maxlen else None
+        if not self._weights.are_of(due, v):
+            self._weights.form(due, v, self.context(), learning_rates, measure=self.measure)
+            self._note_memory()
+        return self._weights.terms
+
+    def _note_memory(self) -> None:
+        held = sum(each.memory for each in (*self._past, self._pending) if each is not None)
+        if self._weights is not None:
+            held += self._weights.memory
+        self.memory = max(self.memory, held)
+
+    def check_displaced(self, p: Tensor, v: int, learning_rates: Rates, *, by_hand: bool = False
+                        ) -> None:
+        """Backward has given ``p`` a gradient: note whether it came from displaced weights."""
+        if self.watch is None or self._weights is None:
+            return
+        if not by_hand:
+            self.watch.note_gradient(p)
+        self.terms(v, learning_rates)
+        self._weights.check(p, v, self.watch)
+
+    def weigh(self, losses: Tensor, v: int, part: int, parts: int) -> Tensor:
+        """The loss of part ``part`` of ``parts`` of a worker's batch from its examples' losses."""
+        if not isinstance(self.noise, ExampleNoise):
+            return losses.mean()
+        context = self.context(len(losses) * parts)
+        weights = self.noise.example_weights(context.workers[v], part, len(losses), context)
+        self._weighed = True
+        return (weights.to(losses) * losses).mean()
+
+    def check_weighed(self) -> None:
+        """Raise where the loss of the pass that begins was not weighed but had to be."""
+        if isinstance(self.noise, ExampleNoise) and not self._weighed:
+            raise RuntimeError("covariance noise from examples weighs their losses: call "
+                               "loss = optimizer.weigh(losses) before backward()")
+        self._weighed = False
+
+    def worker_weight(self, v: int, p: Tensor, *, in_pass: bool) -> float:
+        """The factor of the gradient of this rank's worker number ``v``, in ``p.grad``."""
+        if not isinstance(self.noise, WorkerNoise) or p.grad is None:
+            return 1.0
+        examples = self._examples[-1] + ([] if self.watch is None else [
+            self.watch.examples(repeated=in_pass)])
+        context = self.context(sum(examples))
+        known = self._worker_weights
+        if context.examples_per_worker not in known:
+            weights_W = self.noise.worker_weights(context).tolist()
+            known[context.examples_per_worker] = [weights_W[i] for i in context.workers]
+        return known[context.examples_per_worker][v]
+
+    def captured(self, grad: Tensor | None) -> None:
+        """A worker's gradient of one parameter is known."""
+        if self.measure and grad is not None:
+            self._local_squares.append(torch.linalg.vector_norm(grad).double().square())
+
+    def end_pass(self, *, counts: bool, in_pass: bool = True) -> None:
+        """A backward pass is through; ``counts``: it was one of the step."""
+        if self.watch is None:
+            return
+        if counts and isinstance(self.noise, (WorkerNoise, MeanNoise)):
+            self._examples[-1].append(self.watch.examples(repeated=in_pass))
+        self.watch.end_pass()
+        if self._weights is not None:
+            self._weights.warn(self.watch)
+
+    def end_worker(self) -> None:
+        """The next pass is another worker's."""
+        self._last_examples = sum(self._examples[-1])
+        self._examples.append([])
+
+    # ------------------------------------------------------------------ after the reduction
+
+    def examples(self) -> float:
+        """Of this rank's workers together; nan where a call has no tensor that would tell."""
+        self._note_memory()
+        examples = [each for worker in self._examples for each in worker]
+        return sum(examples) if min(examples, default=0) >= 0 else math.nan
+
+    @property
+    def examples_per_worker(self) -> int:
+        """Of this rank's last worker whose passes are through; 0 where nobody counts."""
+        return max(0, self._last_examples)
+
+    def add_to_mean(self, exchange: Exchange) -> None:
+        """Add the noise to the mean gradients, where it acts on them."""
+        if not isinstance(self.noise, MeanNoise):
+            return
+        observation = self._pending.observation if self._pending is not None else None
+        assert observation is not None
+        context = self.context(observation.examples / (self.world.size * self.virtual_workers))
+        scale = self._current_loss_scale()
+        for bucket, reduced_N in exchange.reduced():
+            noise_N = self.noise.mean_noise(bucket, observation, context)
+            reduced_N.add_(noise_N, alpha=scale)
+            if self.measure:
+                self._added_square += square(noise_N)
+
+    def measure_norms(self, exchange: Exchange) -> None:
+        """Compute `measured`, if it is wanted."""
+        if not self.measure:
+            return
+        V, scale = self.virtual_workers, self._current_loss_scale()
+        known = self.noise is None or self._weights is not None or isinstance(self.noise, MeanNoise)
+        squares = self._added_square * V if self._weights is None else \
+            sum(self._weights.squares.values())
+        mine = torch.tensor([sum(map(float, self._local_squares)) / scale ** 2, squares],
+                            dtype=torch.float64)
+        handle = self.world.allreduce_(mine, name=f"{exchange.label}.measure")
+        worker, noise = (handle.wait() / V).tolist()
+        total = sum(square(flat) for _, flat in exchange.reduced())
+        self.measured = Measured(worker, total / scale ** 2, math.sqrt(noise) if known else None)
+
+    # ------------------------------------------------------------------ state
+
+    @property
+    def _kind(self) -> str:
+        return type(self.noise).__name__
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state, for a bitwise resumption; once the exchange has been waited for."""
+        state: dict[str, Any] = {"steps": self.steps, "noise": self._kind,
+                                 "seen": [each.state_dict() for each in self._past]}
+        if self._kept:
+            state["kept"] = {"layout": self._kept_of, "values": dict(self._kept)}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any] | None, layout: Layout,
+                        parameters: dict[str, Tensor]) -> None:
+        """Take over a state; None starts the noise anew.
+
+        Raises:
+            ValueError: for a state of other parameters, workers or another noise.
+        """
+        self.forget_passes()
+        self.forget_observations()
+        self._kept, self._kept_of = {}, layout.digest
+        if self._weights is not None:
+            self._weights.forget()
+        self.steps = state["steps"] if state else 0
+        if self.noise is None or not state:
+            return
+        kept = state.get("kept", {"layout": layout.digest, "values": {}})
+        past = [PendingObservation.restore(each, self.noise, self.context(), layout, parameters)
+                for each in state["seen"]]
+        if None in past or kept["layout"] != layout.digest \
+                or state.get("noise", self._kind) != self._kind:
+            raise ValueError("the loaded deviations are of other buckets, workers or another "
+                             "noise: resume with the same bucket_bytes, ranks, virtual_workers "
+                             "and noise, or drop \"hvdnoise\" from the optimizer's state to "
+                             "start the noise anew")
+        devices = {bucket.key: bucket.device for bucket in layout.buckets}
+        self._kept.update({key: value.to(devices[key]) if key in devices
+                           and isinstance(value, Tensor) else value
+                           for key, value in kept["values"].items()})
+        if self._weights is not None:
+            self._past.extend(each for each in past if each is not None)

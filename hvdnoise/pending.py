@@ -1,0 +1,174 @@
+"""What a noise learns from a step, while the step is exchanged.
+
+A `PendingObservation` belongs to one exchange and owns its rows. The tasks of the exchange fill it
+with rows (deviations or mixtures) and statistics. `start_sharing` sums the statistics over the
+ranks; `finish` takes the sums. What was saved of one in a checkpoint comes back by `restore`.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from hvdnoise.buckets import Bucket, Layout, layout_of
+from hvdnoise.noise.base import MixingNoise, Noise, Observation, ObservingNoise, StepContext
+from hvdnoise.world import Handle, World
+
+
+class PendingObservation:
+    """An `Observation` in the making.
+
+    Args:
+        context: of the step; its ``examples_per_worker`` is not known yet.
+        loss_scale: tells the factor of the loss, by which everything is divided.
+    """
+
+    def __init__(self, noise: Noise, context: StepContext, layout: Layout,
+                 loss_scale: Callable[[], float]) -> None:
+        self.noise, self.context = noise, context
+        self.observation = Observation(layout, {}, {}, 0.0)
+        self.observes = noise.statistics is not None
+        self._loss_scale = loss_scale
+        self._weights: dict[tuple[range, range], Tensor] = {}
+        self._sums: Handle | None = None
+        self._elementwise: list[Handle] = []
+
+    @cached_property
+    def _scale(self) -> float:
+        """The factor of the loss, asked for once: a GradScaler's waits for its GPU."""
+        return self._loss_scale()
+
+    def rows(self, bucket: Bucket) -> Tensor:
+        """(V, N): the rows of a bucket, made when first asked for."""
+        rows = self.observation.rows
+        if bucket.index not in rows:
+            rows[bucket.index] = torch.empty(len(self.context.workers), bucket.size,
+                                             dtype=bucket.dtype, device=bucket.device)
+        return rows[bucket.index]
+
+    @property
+    def memory(self) -> int:
+        """Bytes of rows and statistics."""
+        held = self.observation
+        return sum(each.nbytes for each in (*held.rows.values(), *held.statistics.values()))
+
+    def observe(self, bucket: Bucket, start: int, deviations_Kn: Tensor) -> None:
+        """Take in the deviations, as they come, of some workers in a part of a bucket."""
+        assert isinstance(self.noise, ObservingNoise)
+        unscaled = deviations_Kn / self._scale if self._scale != 1 else deviations_Kn
+        out = self._statistics(bucket)
+        if self._is_elementwise:
+            out = out[start:start + deviations_Kn.shape[1]]
+        self.noise.observe(bucket, start, unscaled, out, self.context)
+
+    @property
+    def _is_elementwise(self) -> bool:
+        return self.noise.statistics is not None and self.noise.statistics.elementwise
+
+    def _statistics(self, bucket: Bucket) -> Tensor:
+        assert self.noise.statistics is not None
+        known = self.observation.statistics
+        if bucket.index not in known:
+            known[bucket.index] = self.noise.statistics.new(bucket)
+        return known[bucket.index]
+
+    def mixing_weights(self, workers: range, peers: range) -> Tensor:
+        """(workers, peers) on the CPU, for gradients as they come; the same for every bucket."""
+        assert isinstance(self.noise, MixingNoise)
+        key = workers, peers
+        if key not in self._weights:
+            self._weights[key] = self.noise.mixing_weights(*key, self.context) / self._scale
+        return self._weights[key]
+
+    def unscale_(self, rows_VN: Tensor) -> None:
+        """Divide rows by the factor of the loss."""
+        if self._scale != 1:
+            rows_VN.div_(self._scale)
+
+    # ------------------------------------------------------------------ sums over the ranks
+
+    def share_bucket(self, bucket: Bucket, world: World, name: str) -> None:
+        """All parts of a bucket were observed: start to sum statistics as large as the bucket."""
+        if self._is_elementwise:
+            self._elementwise.append(world.allreduce_(self._statistics(bucket), name=name,
+                                                      op="sum"))
+
+    def start_sharing(self, world: World, name: str, examples: float) -> None:
+        """Start to sum the other statistics, and this rank's ``examples``."""
+        if not self.observes:
+            return
+        sums = [] if self._is_elementwise else [
+            self._statistics(bucket).cpu() for bucket in self.observation.layout.buckets]
+        sums.append(torch.tensor([examples], dtype=torch.float64))
+        self._sums = world.allreduce_(torch.cat(sums), name=name, op="sum")
+
+    def done(self) -> bool:
+        """Whether all sums are there."""
+        return all(each.done() for each in (*self._elementwise, self._sums) if each is not None)
+
+    def finish(self) -> None:
+        """Wait for the sums; the observation is complete, but for mixtures on their way."""
+        self.wait_for_elementwise()
+        if self._sums is not None:
+            sums, held = self._sums.wait(), self.observation.statistics
+            if not self._is_elementwise:
+                sizes = [len(held[bucket.index]) for bucket in self.observation.layout.buckets]
+                *parts, sums = sums.split([*sizes, 1])
+                held.update({bucket.index: part for bucket, part in zip(
+                    self.observation.layout.buckets, parts)})
+            self.observation.examples = float(sums)
+            self._sums = None
+        if self.noise.rows is None:
+            self.observation.rows.clear()
+
+    def wait_for_elementwise(self) -> None:
+        """Wait for the sums that `share_bucket` has started."""
+        for handle in self._elementwise:
+            handle.wait()
+        self._elementwise.clear()
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of a complete observation."""
+        held = self.observation
+        return {"workers": self.context.num_workers,
+                "names": [list(bucket.names) for bucket in held.layout.buckets],
+                "sizes": [list(bucket.sizes) for bucket in held.layout.buckets],
+                "rows": {i: rows.clone() for i, rows in held.rows.items()},
+                "statistics": {i: sums.clone() for i, sums in held.statistics.items()}}
+
+    @classmethod
+    def restore(cls, state: Mapping[str, Any], noise: Noise, context: StepContext, layout: Layout,
+                parameters: Mapping[str, Tensor]) -> PendingObservation | None:
+        """What `state_dict` gave; None where it is of other parameters, workers or another noise.
+
+        Args:
+            layout: of now.
+            parameters: by name, which the state's buckets hold.
+        """
+        then = layout_of(state.get("names", [[""]]), parameters)
+        if then is None or not _alike(state, then, noise, context) or (
+                _names(then) == _names(layout) and then.digest != layout.digest):
+            return None
+        restored = cls(noise, context, then, lambda: 1.0)
+        rows = {i: row.to(then.buckets[i].device) for i, row in state["rows"].items()}
+        restored.observation = Observation(then, rows, dict(state["statistics"]), 0.0)
+        return restored
+
+
+def _names(layout: Layout) -> set[str]:
+    return {name for bucket in layout.buckets for name in bucket.names}
+
+
+def _alike(state: Mapping[str, Any], layout: Layout, noise: Noise, context: StepContext) -> bool:
+    """Whether a state is of this layout, noise and number of workers."""
+    rows, statistics, buckets = state["rows"], state["statistics"], range(len(layout.buckets))
+    return (state["sizes"] == [list(bucket.sizes) for bucket in layout.buckets]
+            and state["workers"] == context.num_workers
+            and all(len(row) == len(context.workers) for row in rows.values())
+            and (sorted(rows) == list(buckets)) == (noise.rows is not None)
+            and (sorted(statistics) == list(buckets)) == (noise.statistics is not None))

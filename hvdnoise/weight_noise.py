@@ -1,0 +1,120 @@
+"""Noise on the weights at work: the deltas of a step, and which gradients came through them."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Callable
+
+from torch import Tensor
+
+from hvdnoise.displacement import Term
+from hvdnoise.mixing import square
+from hvdnoise.noise.base import StepContext, WeightNoise
+from hvdnoise.pending import PendingObservation
+from hvdnoise.watch import ModelWatch
+
+Rates = Callable[[], dict[Tensor, float | None]]
+
+
+@dataclass(frozen=True)
+class NoiseCoverage:
+    """How many steps the noise on the weights has reached, on this rank.
+
+    Attributes:
+        due: steps taken whose gradients were due to come from displaced weights.
+        missed: those of them in which a parameter's gradient came from its clean weights.
+    """
+
+    due: int = 0
+    missed: int = 0
+
+
+class Displacements:
+    """The deltas that a `WeightNoise` gives this rank's workers.
+
+    Attributes:
+        terms: the delta of each parameter; the same dict for all calls in a row for one worker.
+        coverage: of the steps so far.
+        squares: |delta|^2 of each worker of this rank in this step, where they are measured.
+    """
+
+    def __init__(self, noise: WeightNoise) -> None:
+        self.coverage = NoiseCoverage()
+        self.squares: dict[int, float] = {}
+        self._noise = noise
+        self.terms: dict[Tensor, Term] = {}
+        self._of: tuple[PendingObservation | None, int] | None = None
+        self._missed: dict[Tensor, str] = {}  # parameter -> why
+        self._warned: set[str] = set()
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the deltas and displaced weights of a worker."""
+        units = self._noise.rows is None
+        return sum(p.nbytes for p in self.terms) * (2 if units else 1)
+
+    def forget(self) -> None:
+        """The next forward needs other deltas."""
+        self.terms, self._of, self.squares = {}, None, {}
+
+    def forget_passes(self) -> None:
+        """What the passes of the step under way have shown is dropped."""
+        self._missed = {}
+
+    def step_taken(self) -> None:
+        """Count the step, if noise was due in it."""
+        if self.terms:
+            self.coverage = NoiseCoverage(self.coverage.due + 1,
+                                          self.coverage.missed + bool(self._missed))
+        self.forget()
+
+    def are_of(self, due: PendingObservation | None, v: int) -> bool:
+        """Whether `terms` are these."""
+        return self._of == (due, v)
+
+    def form(self, due: PendingObservation | None, v: int, context: StepContext,
+             learning_rates: Rates, *, measure: bool) -> None:
+        """Form the deltas of this rank's worker number ``v``; none where no noise is due."""
+        if due is None:
+            self.forget()
+            self._of = due, v
+            return
+        self.terms, self._of, total = {}, (due, v), 0.0
+        rate, observation = learning_rates(), due.observation
+        for bucket in observation.layout.buckets:
+            clean = [p.detach() for p in bucket.parameters]
+            rates = [rate.get(p) for p in bucket.parameters]
+            unit_N, factors = self._noise.displacement(bucket, v, clean, rates, observation,
+                                                       context)
+            for t, p in enumerate(bucket.parameters):
+                if factors[t] and p.shape == bucket.shapes[t]:
+                    self.terms[p] = Term(bucket.view(unit_N, t), factors[t], v)
+                    if measure:
+                        total += factors[t] ** 2 * square(self.terms[p].unit)
+        self.squares[v] = total
+
+    def check(self, p: Tensor, v: int, watch: ModelWatch) -> None:
+        """Note whether the gradient of ``p`` came from its displaced weight.
+
+        Raises:
+            RuntimeError: when it came from another worker's.
+        """
+        if p not in self.terms:
+            return
+        reached = watch.reached(p)
+        if reached is None:
+            self._missed.setdefault(p, watch.why_not(p))
+        elif reached.worker != v:
+            raise RuntimeError("the forward of this backward() was made for another worker: run "
+                               "the forward of each virtual worker after the backward of the one "
+                               "before")
+
+    def warn(self, watch: ModelWatch) -> None:
+        """Warn once of every reason for which noise that was due has not come."""
+        for why in set(self._missed.values()) - self._warned:
+            self._warned.add(why)
+            names = sorted(watch.name(p) for p, each in self._missed.items() if each == why)
+            rest = f" and {len(names) - 1} others" if len(names) > 1 else ""
+            warnings.warn(f"the gradient of {names[0]}{rest} came from weights without the noise "
+                          f"that was due: {why}", stacklevel=2)
