@@ -146,7 +146,7 @@ class Exchange:
         view = task.views[t]
         grad = self._dense_gradient(p, task, t)
         if self._fills_rows:
-            row = task.bucket.view(task.own_rows[worker], t)
+            row = task.bucket.view(task.rows[worker], t)
             row.copy_(grad) if grad is not None else row.zero_()
         if self._fills_reduced:
             self._add_up(view, grad, weight / self.num_local, first=worker == 0)

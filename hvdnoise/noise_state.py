@@ -7,6 +7,7 @@ Without a noise it does nothing, and counts the steps.
 from __future__ import annotations
 
 import math
+import weakref
 from collections import ChainMap, deque
 from dataclasses import dataclass
 from typing import Any, Callable
@@ -74,6 +75,15 @@ class NoiseState:
         self._last_examples = 0
         self._weighed = False  # what the next backward pass comes from
         self.forget_passes()
+
+    def watch_model(self, terms: weakref.WeakMethod[Any], names: dict[Tensor, str], *,
+                    in_eval: bool) -> None:
+        """Have the calls of the model's modules watched, if the noise needs to know of them."""
+        counts = isinstance(self.noise, (WorkerNoise, MeanNoise)) \
+            and not getattr(self.noise, "batch_size", None)
+        if counts or self._weights is not None:
+            self.watch = ModelWatch(terms, names, displaces=self._weights is not None,
+                                    in_eval=in_eval)
 
     def forget_passes(self) -> None:
         """Nothing of the passes under way remains; what they have shown is dropped."""
@@ -231,7 +241,7 @@ class NoiseState:
         """Add the noise to the mean gradients, where it acts on them."""
         if not isinstance(self.noise, MeanNoise):
             return
-        observation = self._pending.observation if self._pending is not None else None
+        observation = self._pending
         assert observation is not None
         context = self.context(observation.examples / (self.world.size * self.virtual_workers))
         scale = self._current_loss_scale()

@@ -22,7 +22,6 @@ ranks, it gets a gradient of zeros (as Horovod does).
 from __future__ import annotations
 
 import logging
-import weakref
 from contextlib import contextmanager, nullcontext
 from typing import Any, Callable, Iterable, Iterator
 
@@ -31,15 +30,13 @@ from torch import Tensor
 
 from hvdnoise import comm
 from hvdnoise.buckets import default_bucket_bytes
-from hvdnoise.displacement import Term
 from hvdnoise.exchange_plan import Shape
-from hvdnoise.noise.base import MeanNoise, Noise, WeightNoise, WorkerNoise, check_noise
+from hvdnoise.noise.base import Noise, check_noise
 from hvdnoise.noise_state import Measured, NoiseState
 from hvdnoise.parameters import OptimizerParameters
 from hvdnoise.plans import Choice, choose
 from hvdnoise.step import StepRunner
 from hvdnoise.tasks import Options
-from hvdnoise.watch import ModelWatch
 from hvdnoise.weight_noise import NoiseCoverage
 from hvdnoise.wrapping import Wrapper, check_arguments, named, wrap
 
@@ -56,12 +53,9 @@ class _DistributedOptimizer(Wrapper):
         world, noise = state.world, state.noise
         self._runner: StepRunner | None = None  # None: nothing to exchange, nothing is hooked
         if world.size > 1 or (world.size == 1 and (noise or state.virtual_workers > 1)):
-            displaces = isinstance(noise, WeightNoise)
-            if displaces or _counts_examples(noise):
-                state.watch = ModelWatch(_terms_of(weakref.ref(self)), names, displaces=displaces,
-                                         in_eval=noise_in_eval)
             parameters = OptimizerParameters(optimizer, names, **layout)
-            self._runner = StepRunner(state, options, parameters, per_worker=per_worker)
+            self._runner = StepRunner(state, options, parameters, per_worker=per_worker,
+                                      noise_in_eval=noise_in_eval)
 
     # ------------------------------------------------------------------ what there is to know
 
@@ -301,19 +295,6 @@ class _DistributedOptimizer(Wrapper):
         self._optimizer.load_state_dict(state)
         if self._runner is not None:
             self._runner.load_noise(own)
-
-
-def _counts_examples(noise: Noise | None) -> bool:
-    """Whether the noise wants to know how many examples a worker has."""
-    return isinstance(noise, (WorkerNoise, MeanNoise)) and not getattr(noise, "batch_size", None)
-
-
-def _terms_of(reference: weakref.ref[_DistributedOptimizer]) -> Callable[[], dict[Tensor, Term]]:
-    def terms() -> dict[Tensor, Term]:
-        optimizer = reference()
-        step = optimizer.__dict__.get("_runner") if optimizer is not None else None
-        return step.terms() if step is not None else {}
-    return terms
 
 
 def DistributedOptimizer(

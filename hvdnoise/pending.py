@@ -18,7 +18,7 @@ from hvdnoise.noise.base import MixingNoise, Noise, Observation, ObservingNoise,
 from hvdnoise.world import Handle, World
 
 
-class PendingObservation:
+class PendingObservation(Observation):
     """An `Observation` in the making.
 
     Args:
@@ -28,8 +28,8 @@ class PendingObservation:
 
     def __init__(self, noise: Noise, context: StepContext, layout: Layout,
                  loss_scale: Callable[[], float]) -> None:
+        super().__init__(layout, {}, {}, 0.0)
         self.noise, self.context = noise, context
-        self.observation = Observation(layout, {}, {}, 0.0)
         self.observes = noise.statistics is not None
         self._loss_scale = loss_scale
         self._weights: dict[tuple[range, range], Tensor] = {}
@@ -41,25 +41,23 @@ class PendingObservation:
         """The factor of the loss, asked for once: a GradScaler's waits for its GPU."""
         return self._loss_scale()
 
-    def rows(self, bucket: Bucket) -> Tensor:
+    def rows_of(self, bucket: Bucket) -> Tensor:
         """(V, N): the rows of a bucket, made when first asked for."""
-        rows = self.observation.rows
-        if bucket.index not in rows:
-            rows[bucket.index] = torch.empty(len(self.context.workers), bucket.size,
-                                             dtype=bucket.dtype, device=bucket.device)
-        return rows[bucket.index]
+        if bucket.index not in self.rows:
+            self.rows[bucket.index] = torch.empty(len(self.context.workers), bucket.size,
+                                                  dtype=bucket.dtype, device=bucket.device)
+        return self.rows[bucket.index]
 
     @property
     def memory(self) -> int:
         """Bytes of rows and statistics."""
-        held = self.observation
-        return sum(each.nbytes for each in (*held.rows.values(), *held.statistics.values()))
+        return sum(each.nbytes for each in (*self.rows.values(), *self.statistics.values()))
 
     def observe(self, bucket: Bucket, start: int, deviations_Kn: Tensor) -> None:
         """Take in the deviations, as they come, of some workers in a part of a bucket."""
         assert isinstance(self.noise, ObservingNoise)
         unscaled = deviations_Kn / self._scale if self._scale != 1 else deviations_Kn
-        out = self._statistics(bucket)
+        out = self._statistics_of(bucket)
         if self._is_elementwise:
             out = out[start:start + deviations_Kn.shape[1]]
         self.noise.observe(bucket, start, unscaled, out, self.context)
@@ -68,12 +66,11 @@ class PendingObservation:
     def _is_elementwise(self) -> bool:
         return self.noise.statistics is not None and self.noise.statistics.elementwise
 
-    def _statistics(self, bucket: Bucket) -> Tensor:
+    def _statistics_of(self, bucket: Bucket) -> Tensor:
         assert self.noise.statistics is not None
-        known = self.observation.statistics
-        if bucket.index not in known:
-            known[bucket.index] = self.noise.statistics.new(bucket)
-        return known[bucket.index]
+        if bucket.index not in self.statistics:
+            self.statistics[bucket.index] = self.noise.statistics.new(bucket)
+        return self.statistics[bucket.index]
 
     def mixing_weights(self, workers: range, peers: range) -> Tensor:
         """(workers, peers) on the CPU, for gradients as they come; the same for every bucket."""
@@ -93,7 +90,7 @@ class PendingObservation:
     def share_bucket(self, bucket: Bucket, world: World, name: str) -> None:
         """All parts of a bucket were observed: start to sum statistics as large as the bucket."""
         if self._is_elementwise:
-            self._elementwise.append(world.allreduce_(self._statistics(bucket), name=name,
+            self._elementwise.append(world.allreduce_(self._statistics_of(bucket), name=name,
                                                       op="sum"))
 
     def start_sharing(self, world: World, name: str, examples: float) -> None:
@@ -101,7 +98,7 @@ class PendingObservation:
         if not self.observes:
             return
         sums = [] if self._is_elementwise else [
-            self._statistics(bucket).cpu() for bucket in self.observation.layout.buckets]
+            self._statistics_of(bucket).cpu() for bucket in self.layout.buckets]
         sums.append(torch.tensor([examples], dtype=torch.float64))
         self._sums = world.allreduce_(torch.cat(sums), name=name, op="sum")
 
@@ -113,16 +110,14 @@ class PendingObservation:
         """Wait for the sums; the observation is complete, but for mixtures on their way."""
         self.wait_for_elementwise()
         if self._sums is not None:
-            sums, held = self._sums.wait(), self.observation.statistics
+            sums, self._sums = self._sums.wait(), None
             if not self._is_elementwise:
-                sizes = [len(held[bucket.index]) for bucket in self.observation.layout.buckets]
+                sizes = [len(self._statistics_of(bucket)) for bucket in self.layout.buckets]
                 *parts, sums = sums.split([*sizes, 1])
-                held.update({bucket.index: part for bucket, part in zip(
-                    self.observation.layout.buckets, parts)})
-            self.observation.examples = float(sums)
-            self._sums = None
+                self.statistics = dict(enumerate(parts))
+            self.examples = float(sums)
         if self.noise.rows is None:
-            self.observation.rows.clear()
+            self.rows.clear()
 
     def wait_for_elementwise(self) -> None:
         """Wait for the sums that `share_bucket` has started."""
@@ -134,12 +129,11 @@ class PendingObservation:
 
     def state_dict(self) -> dict[str, Any]:
         """Of a complete observation."""
-        held = self.observation
         return {"workers": self.context.num_workers,
-                "names": [list(bucket.names) for bucket in held.layout.buckets],
-                "sizes": [list(bucket.sizes) for bucket in held.layout.buckets],
-                "rows": {i: rows.clone() for i, rows in held.rows.items()},
-                "statistics": {i: sums.clone() for i, sums in held.statistics.items()}}
+                "names": [list(bucket.names) for bucket in self.layout.buckets],
+                "sizes": [list(bucket.sizes) for bucket in self.layout.buckets],
+                "rows": {i: rows.clone() for i, rows in self.rows.items()},
+                "statistics": {i: sums.clone() for i, sums in self.statistics.items()}}
 
     @classmethod
     def restore(cls, state: Mapping[str, Any], noise: Noise, context: StepContext, layout: Layout,
@@ -155,8 +149,8 @@ class PendingObservation:
                 _names(then) == _names(layout) and then.digest != layout.digest):
             return None
         restored = cls(noise, context, then, lambda: 1.0)
-        rows = {i: row.to(then.buckets[i].device) for i, row in state["rows"].items()}
-        restored.observation = Observation(then, rows, dict(state["statistics"]), 0.0)
+        restored.rows = {i: row.to(then.buckets[i].device) for i, row in state["rows"].items()}
+        restored.statistics = dict(state["statistics"])
         return restored
 
 

@@ -51,8 +51,8 @@ class AllreducePlan(ExchangePlan):
 
     def schedule(self, task: BucketTask) -> Schedule:
         task.finish_allreduce((yield task.start_allreduce()))
-        task.observe(keep=True)
-        if task.pending is not None and task.rows is not None:
+        if task.pending is not None:
+            task.observe(keep=True)
             task.pending.unscale_(task.rows)
         yield MEAN
 
@@ -73,7 +73,7 @@ class AllgatherPlan(ExchangePlan):
     name = "allgather"
 
     def schedule(self, task: BucketTask) -> Schedule:
-        rows_VN, peers, wire = task.own_rows, task.peers, task.wire
+        rows_VN, peers, wire = task.rows, task.peers, task.wire
         shape = peers.size * len(rows_VN), wire.width(task.bucket.size)
         weights_VW = task.mixing_weights(peers, task.workers(peers, peers.rank))
         gathered, sent = task.take(*shape, dtype=wire.dtype), rows_VN
@@ -150,7 +150,7 @@ class GatherOnlyPlan(ExchangePlan):
     mean_from_rows = True
 
     def schedule(self, task: BucketTask) -> Schedule:
-        rows_VN, world, N = task.own_rows, task.world, task.bucket.size
+        rows_VN, world, N = task.rows, task.world, task.bucket.size
         V, W = len(rows_VN), world.size * len(rows_VN)
         weights_VW = task.mixing_weights(world, task.workers(world, world.rank))
         gathered = task.take(W, N, dtype=rows_VN.dtype) if world.size > 1 else None
@@ -189,7 +189,7 @@ class TransposePlan(ExchangePlan):
     mean_from_rows = True
 
     def schedule(self, task: BucketTask) -> Schedule:
-        rows_VN, world, V = task.own_rows, task.world, len(task.own_rows)
+        rows_VN, world, V = task.rows, task.world, len(task.rows)
         sizes = slices(task.bucket.size, world.size)
         n, W, start = sizes[world.rank], world.size * V, sum(sizes[:world.rank])
         weights_WW = task.mixing_weights(world, task.workers(world))

@@ -33,6 +33,7 @@ class StepRunner:
 
     Args:
         per_worker: k, backward passes of each worker.
+        noise_in_eval: see `DistributedOptimizer`.
 
     Attributes:
         done: backward passes made in this step.
@@ -41,7 +42,7 @@ class StepRunner:
     """
 
     def __init__(self, noise: NoiseState, options: Options, parameters: OptimizerParameters, *,
-                 per_worker: int) -> None:
+                 per_worker: int, noise_in_eval: bool) -> None:
         self.noise, self.options, self.parameters = noise, options, parameters
         self.per_worker = per_worker
         self.exchange: Exchange | None = None
@@ -51,6 +52,7 @@ class StepRunner:
         self._versions: list[int] = []
         self._closing: weakref.ref[Any] | None = None  # what the engine calls at the pass's end
         self._forget_passes()
+        noise.watch_model(weakref.WeakMethod(self.terms), parameters.names, in_eval=noise_in_eval)
         parameters.lay_out(self._hook)
         if noise.watch is not None:
             noise.watch.watch(parameters.all())

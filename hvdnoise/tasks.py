@@ -77,43 +77,37 @@ class BucketTask:
         self.waits_for: Handle | None = None
         self.takes_storage = plan.takes_storage
         self.schedule = plan.schedule(self)
+        self.give = buffers.give
         self._options, self._buffers, self._reduction = options, buffers, name
         self._context: Any = None  # of the compression
 
     # ------------------------------------------------------------------ what schedules use
 
     @property
-    def rows(self) -> Tensor | None:
+    def rows(self) -> Tensor:
         """(V, N): this rank's workers' gradients; later what the noise keeps of them."""
-        return self.pending.rows(self.bucket) if self.pending is not None else None
+        return self._observation.rows_of(self.bucket)
 
     @property
-    def own_rows(self) -> Tensor:
-        """`rows`, of a task that has some."""
+    def _observation(self) -> PendingObservation:
         assert self.pending is not None
-        return self.pending.rows(self.bucket)
+        return self.pending
 
     def take(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """A buffer of undefined numbers; see `Buffers`."""
+        """A buffer of undefined numbers; `give` gives it back."""
         return self._buffers.take(shape, dtype, self.bucket.device)
-
-    def give(self, buffer: Tensor) -> None:
-        """Give a buffer back."""
-        self._buffers.give(buffer)
 
     def workers(self, world: World, of: int | None = None) -> range:
         """The workers of all ranks of ``world``, or of one of them."""
-        assert self.pending is not None
-        V = len(self.own_rows)
-        first = self.pending.context.workers.start - world.rank * V  # where this world begins
+        V, own = len(self.rows), self._observation.context.workers
+        first = own.start - world.rank * V  # where this world begins
         if of is None:
             return range(first, first + world.size * V)
         return range(first + of * V, first + (of + 1) * V)
 
     def mixing_weights(self, world: World, workers: range) -> Tensor:
         """(workers, all workers of ``world``): the factors of the gradients in the mixtures."""
-        assert self.pending is not None
-        return self.pending.mixing_weights(workers, self.workers(world))
+        return self._observation.mixing_weights(workers, self.workers(world))
 
     def start_allreduce(self) -> Handle:
         """The allreduce of ``reduced``, with Horovod's options."""
@@ -138,16 +132,14 @@ class BucketTask:
 
     def observe_part(self, start: int, deviations_Kn: Tensor) -> None:
         """Show the noise a part of the bucket."""
-        assert self.pending is not None
-        self.pending.observe(self.bucket, start, deviations_Kn)
+        self._observation.observe(self.bucket, start, deviations_Kn)
 
     def observe(self, *, keep: bool) -> None:
         """Show the noise the deviations of the rows; with ``keep`` the rows become them."""
-        rows_VN = self.rows
-        if rows_VN is None or not (keep or self.observes):
+        if not (keep or self.observes):
             return
-        for part in chunks(rows_VN):
-            x_Vn = rows_VN[:, part]
+        for part in chunks(self.rows):
+            x_Vn = self.rows[:, part]
             x_Vn = torch.sub(x_Vn, self.reduced[part], out=x_Vn if keep else None)
             if self.observes:
                 self.observe_part(part.start, x_Vn)

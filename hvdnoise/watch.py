@@ -41,15 +41,16 @@ class ModelWatch:
     """The calls of the modules that hold an optimizer's parameters.
 
     Args:
-        terms: asked at the outermost call that trains: the delta of each parameter that is to be
-            displaced now.
+        terms: asked at the outermost call that trains, while its object lives: the delta of each
+            parameter that is to be displaced now.
         names: of the parameters, for messages; parameters may be added.
         displaces: whether there will ever be a delta.
         in_eval: whether calls in evaluation mode, with gradients enabled, train too.
     """
 
-    def __init__(self, terms: Callable[[], Mapping[Tensor, Term]], names: Mapping[Tensor, str], *,
-                 displaces: bool = True, in_eval: bool = False) -> None:
+    def __init__(self, terms: weakref.WeakMethod[Callable[[], Mapping[Tensor, Term]]],
+                 names: Mapping[Tensor, str], *, displaces: bool = True, in_eval: bool = False
+                 ) -> None:
         self._terms, self._names = terms, names
         self._displaces, self._in_eval = displaces, in_eval
         self._modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -142,7 +143,8 @@ class ModelWatch:
             for p in module.parameters():
                 self._seen.pop(p, None)
             return None
-        return Displaced(self, self._terms(), _leading_size(args, kwargs), frame)
+        terms = self._terms()
+        return Displaced(self, terms() if terms else {}, _leading_size(args, kwargs), frame)
 
     def displaced(self, p: Tensor, term: Term) -> Tensor:
         """p + delta; p itself where it is frozen."""

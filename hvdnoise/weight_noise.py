@@ -81,12 +81,11 @@ class Displacements:
             self._of = due, v
             return
         self.terms, self._of, total = {}, (due, v), 0.0
-        rate, observation = learning_rates(), due.observation
-        for bucket in observation.layout.buckets:
+        rate = learning_rates()
+        for bucket in due.layout.buckets:
             clean = [p.detach() for p in bucket.parameters]
             rates = [rate.get(p) for p in bucket.parameters]
-            unit_N, factors = self._noise.displacement(bucket, v, clean, rates, observation,
-                                                       context)
+            unit_N, factors = self._noise.displacement(bucket, v, clean, rates, due, context)
             for t, p in enumerate(bucket.parameters):
                 if factors[t] and p.shape == bucket.shapes[t]:
                     self.terms[p] = Term(bucket.view(unit_N, t), factors[t], v)
