@@ -54,7 +54,7 @@ def cluster(config: PlanConfig) -> Cluster:
 
 def predict(config: PlanConfig, run: Outline) -> list[Prediction]:
     """All plans at the lags 1 and 2, and 0 where that is configured."""
-    lags = (0, 1, 2) if config.noise.lag == 0 else (1, 2)
+    lags = (0, 1, 2) if _lag(config) == 0 else (1, 2)
     return predict_all(shape(config, run.parameters), cluster(config), lags)
 
 
@@ -126,8 +126,13 @@ def _noise(config: PlanConfig, run: Outline) -> str:
     details = [value for value in (noise.structure, noise.source) if value]
     name = " ".join([noise.kind, *details])
     if run.mixes:
-        return f"{name}, lag {1 if noise.lag is None else noise.lag}"
+        return f"{name}, lag {_lag(config)}"
     return f"{name}: it needs no exchange, the allreduce of the gradients is all that travels"
+
+
+def _lag(config: PlanConfig) -> int:
+    noise = config.noise.build(seed=0, batch_size=1, total_steps=1)
+    return 1 if noise is None else noise.lag
 
 
 def _table(predictions: Sequence[Prediction]) -> list[str]:
