@@ -91,7 +91,7 @@ def _noisy(variant: Variant, model: nn.Module, config: BenchConfig, problem: Pro
         value.backward()
         return value
 
-    if variant.lag == 0:
+    if optimizer.noise is not None and optimizer.noise.lag == 0:
         return optimizer, lambda: optimizer.step(evaluate)
     return optimizer, _ordinary(optimizer, loss)
 

@@ -66,7 +66,7 @@ def test_plain_leads_every_list_and_no_name_comes_twice() -> None:
 
 def test_every_plan_is_among_all() -> None:
     assert {parse(name).plan for name in SETS["all"]} == set(variants.PLANS)
-    assert {parse(name).method for name in SETS["all"]} == set(variants.METHODS)
+    assert {parse(name).method for name in SETS["all"]} == set(variants.methods())
 
 
 def test_what_the_optimizer_is_given() -> None:
