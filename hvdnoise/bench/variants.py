@@ -53,8 +53,9 @@ def methods() -> dict[str, dict[str, Any] | None]:
         found["gathered" if source == "gathered" else f"gnc-{source}"] = {
             "kind": "gnc", "source": source}
     for structure, source in COVARIANCES:
-        name = f"{structure}-{source}"
-        found["isotropic" if name == "isotropic-workers" else name] = {"kind": "covariance", "structure": structure, "source": source}
+        usual = (structure, source) == ("isotropic", "workers")
+        found[structure if usual else f"{structure}-{source}"] = {
+            "kind": "covariance", "structure": structure, "source": source}
     for kind in kinds():
         if kind not in ("gnc", "covariance"):
             found.setdefault(kind, {"kind": kind})

@@ -86,15 +86,18 @@ class NoiseConfig:
                                                    for name in supplied(self.kind)})
 
     @classmethod
-    def schema(cls) -> type:
-        """A dataclass with every setting that there is at present, for the command line."""
+    def schema(cls, chosen: str = "none") -> type:
+        """A dataclass with every setting that there is at present, for the command line.
+
+        Where kinds have options of one name, the type is that of the ``chosen`` kind, or any.
+        """
         takers: dict[str, dict[str, Option]] = {}  # name -> kind -> option
         for kind in kinds():
             for name, option in settings_of(kind).items():
                 takers.setdefault(name, {})[kind] = option
         fields: list[tuple[str, Any, Any]] = [
             ("kind", Literal[("none", *kinds())], dataclasses.field(default="none"))]
-        fields += [(name, _any_of(options.values()), dataclasses.field(default=None))
+        fields += [(name, _hint(options, chosen), dataclasses.field(default=None))
                    for name, options in takers.items()]
         made = dataclasses.make_dataclass(cls.__name__, fields, frozen=True)
         about = "; ".join(f"{kind}: {summary(find(kind)).rstrip('.')}" for kind in kinds())
@@ -113,8 +116,11 @@ def settings_of(kind: str) -> dict[str, Option]:
     return found
 
 
-def _any_of(options: Iterable[Option]) -> Any:
-    return functools.reduce(operator.or_, dict.fromkeys(option.hint for option in options)) | None
+def _hint(options: dict[str, Option], chosen: str) -> Any:
+    """The type of an option, or null. Text comes last: it would take a number too."""
+    hints = [options[chosen].hint] if chosen in options else \
+        sorted((option.hint for option in options.values()), key=lambda hint: "str" in str(hint))
+    return functools.reduce(operator.or_, hints) | None
 
 
 def _explained(options: dict[str, Option]) -> str:

@@ -38,7 +38,12 @@ def parse(kind: type[T], arguments: Sequence[str], *, program: str, positional: 
     """
     plugins.load(_plugins(kind, arguments))
     with _one_line_errors(kind):
-        found = _parser(kind, program, positional).parse_args(_with_values(kind, arguments))
+        arguments = _with_values(kind, arguments)
+        first = _schema(kind)
+        found = _parser(kind, first, program, positional).parse_args(arguments)
+        if first is not kind:  # noises may have options of one name and several types
+            exact = _schema(kind, found)
+            found = _parser(kind, exact, program, positional).parse_args(arguments)
         config = _build(kind, found)
     plugins.load(getattr(config, "plugins", ()))  # by an abbreviated flag
     return config
@@ -60,17 +65,18 @@ def from_file(kind: type[T], path: Path, *, program: str, without: Sequence[str]
         if not isinstance(values, dict):
             raise ValueError(f"{path} holds no settings")
         kept = {key: value for key, value in values.items() if key not in without}
-        return _build(kind, _parser(kind, program).parse_object(kept))
+        return _build(kind, _parser(kind, _schema(kind), program).parse_object(kept))
 
 
-def _parser(kind: type, program: str, positional: str = "") -> jsonargparse.ArgumentParser:
+def _parser(kind: type, schema: type, program: str, positional: str = ""
+            ) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(prog=program, description=_description(kind),
                                          exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of settings; flags after it "
                         "override it")
     if positional:
         parser.add_argument(positional, help=f"the {positional}")
-    parser.add_class_arguments(_schema(kind), skip={positional} if positional else None)
+    parser.add_class_arguments(schema, skip={positional} if positional else None)
     return parser
 
 
@@ -90,10 +96,10 @@ def _description(kind: type) -> str:
     return (kind.__doc__ or "").split("\n\n")[0].strip()
 
 
-def _schema(kind: type) -> type:
-    """``kind``, where each group that has a schema of its own is that."""
-    groups = [(name, hint.schema()) for name, hint in typing.get_type_hints(kind).items()
-              if hasattr(hint, "schema")]
+def _schema(kind: type, found: Any = None) -> type:
+    """``kind``, where each group that has a schema of its own is that; as for what was found."""
+    groups = [(name, hint.schema(*(() if found is None else (found[name].kind,))))
+              for name, hint in typing.get_type_hints(kind).items() if hasattr(hint, "schema")]
     if not groups:
         return kind
     made = dataclasses.make_dataclass(

@@ -33,6 +33,8 @@ def load(plugins: Iterable[str]) -> None:
             raise
         except (Exception, SystemExit) as error:
             text = " ".join(str(error).split())
+            if isinstance(error, ModuleNotFoundError) and error.name == plugin:
+                text += "; a file's name ends with .py"
             raise ConfigError(f"plugins: {plugin} cannot be imported: {type(error).__name__}: "
                               f"{text}{_place(error, plugin)}") from error
         source = Path(module.__file__ or "")
