@@ -1,12 +1,14 @@
 """Structured gradient noise for large-batch data-parallel training with Horovod.
 
 `DistributedOptimizer` takes the place of ``hvd.DistributedOptimizer``; `GNC` and
-`CovarianceNoise` are the noises; `init` starts Horovod, also inside a larger MPI program.
+`CovarianceNoise` are the noises, `register_noise` adds others; `init` starts Horovod, also inside a
+larger MPI program.
 """
 
 from hvdnoise.comm import init, shutdown
-from hvdnoise.noise import GNC, CovarianceNoise, make_noise
+from hvdnoise.noise import GNC, CovarianceNoise, make_noise, register_covariance, register_noise
 from hvdnoise.optimizer import DistributedOptimizer
 
-__all__ = ["GNC", "CovarianceNoise", "DistributedOptimizer", "init", "make_noise", "shutdown"]
+__all__ = ["GNC", "CovarianceNoise", "DistributedOptimizer", "init", "make_noise",
+           "register_covariance", "register_noise", "shutdown"]
 __version__ = "0.1.0"

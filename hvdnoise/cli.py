@@ -135,7 +135,7 @@ def _bench(arguments: Sequence[str], launched: dict[str, int]) -> int:
     from hvdnoise.training.config import flatten
     process.set_threads(config.threads, launched["local_size"])
     facts = {key: value for key, value in flatten(config).items() if key not in FREE}
-    grouped = any(variant.plan == "group" for variant in variants)
+    grouped = any(variant.grouped for variant in variants)
     return _in_world(launched, facts, lambda world: run(
         config, variants, world, process.pick_device(config.device, world)),
         group_size=config.group_size if grouped else None)

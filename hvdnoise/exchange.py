@@ -264,7 +264,7 @@ class Exchange:
     def owns_gradient(self, p: Tensor) -> bool:
         """Whether ``p.grad`` is this exchange's storage, so the result of an earlier step."""
         if p.grad is None or p.grad.is_sparse or p not in self._where:
-            return self._sparse.own(p)
+            return self._sparse.owns(p)
         index, t = self._where[p]
         return p.grad.data_ptr() == self._views[index][t].data_ptr()
 

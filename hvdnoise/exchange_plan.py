@@ -59,6 +59,8 @@ class ExchangePlan(ABC):
             compression or a predivide factor excludes.
         takes_storage: whether a task takes a buffer of rows, whose number is bounded.
         grouped: whether the rows travel inside groups of ranks only.
+        carries_16_bits: whether the noise may travel in 16 bits.
+        compared: the precisions and lags with which ``hvdnoise bench --variants all`` runs it.
         note: what `hvdnoise plan` says of it where there are several hosts.
     """
 
@@ -68,6 +70,8 @@ class ExchangePlan(ABC):
     mean_from_rows = False
     takes_storage = True
     grouped = False
+    carries_16_bits = True
+    compared: tuple[str, ...] = ("",)
     note = ""
 
     @abstractmethod

@@ -329,8 +329,8 @@ def DistributedOptimizer(
         exchange: the plan by which noise that mixes all workers' deviations travels: "auto" (the
             fewest bytes), "allgather", "gather-only", "transpose", "group" (allgather among the
             ranks of a host) or "group:K" (among K consecutive ranks; it changes the noise's law,
-            see hvdnoise.noise.gnc); "own" for what needs nothing from other workers. The same on
-            all ranks.
+            see hvdnoise.noise.gnc). "allreduce" is the plan of all that needs nothing from other
+            workers. The same on all ranks.
         noise_precision: of deviations and mixtures on the wire: "fp32" (as the gradients are),
             "bf16" or "fp16". The gradients themselves always travel in full.
         bucket_bytes: limit of a bucket; default a quarter of the parameters, from 1 to 25 MiB,

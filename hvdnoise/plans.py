@@ -47,7 +47,7 @@ class AllreducePlan(ExchangePlan):
     """The mean by allreduce; rows become the deviations."""
 
     name = "allreduce"
-    mixes = all_workers = takes_storage = False
+    mixes = all_workers = takes_storage = carries_16_bits = False
 
     def schedule(self, task: BucketTask) -> Schedule:
         task.finish_allreduce((yield task.start_allreduce()))
@@ -71,6 +71,7 @@ class AllgatherPlan(ExchangePlan):
     """The mean by allreduce, and the rows of the peers beside it."""
 
     name = "allgather"
+    compared: tuple[str, ...] = ("", ":bf16")
 
     def schedule(self, task: BucketTask) -> Schedule:
         rows_VN, peers, wire = task.rows, task.peers, task.wire
@@ -119,6 +120,7 @@ class GroupPlan(AllgatherPlan):
     """Allgather inside groups of consecutive ranks."""
 
     name = "group"
+    compared = ("",)
     all_workers, grouped = False, True
     note = "carries no noise between hosts; it mixes fewer workers, which changes the noise's law"
 
@@ -147,7 +149,7 @@ class GatherOnlyPlan(ExchangePlan):
     """The rows of all workers; every rank computes the mean and the mixtures from them."""
 
     name = "gather-only"
-    mean_from_rows = True
+    mean_from_rows, carries_16_bits = True, False
 
     def schedule(self, task: BucketTask) -> Schedule:
         rows_VN, world, N = task.rows, task.world, task.bucket.size
@@ -175,11 +177,6 @@ class GatherOnlyPlan(ExchangePlan):
         rows = shape.ranks * shape.virtual_workers
         return min(IN_FLIGHT_BYTES, rows * shape.itemsize * shape.numbers)
 
-    def check(self, shape: Shape) -> None:
-        if shape.precision != "fp32":
-            raise ValueError(f"exchange={self.name!r} with noise_precision={shape.precision!r}: it "
-                             "sends the gradients themselves, in full; use allgather or transpose")
-
 
 class TransposePlan(ExchangePlan):
     """Rank r gets slice r of every worker's row, and computes that slice of the mean and of all
@@ -187,6 +184,7 @@ class TransposePlan(ExchangePlan):
 
     name = "transpose"
     mean_from_rows = True
+    compared = ("", ":bf16", ":lag2", ":bf16:lag2")
 
     def schedule(self, task: BucketTask) -> Schedule:
         rows_VN, world, V = task.rows, task.world, len(task.rows)
@@ -342,6 +340,10 @@ def _check(plan: ExchangePlan, shape: Shape, plain_mean: bool) -> None:
         others = [name for name in MIXING_PLANS if not PLANS[name].mean_from_rows]
         raise ValueError(f"exchange={plan.name!r} takes the mean from the gradients themselves: "
                          f"use {' or '.join(others)} with compression or gradient_predivide_factor")
+    if shape.precision != "fp32" and plan.mixes and not plan.carries_16_bits:
+        others = [name for name in MIXING_PLANS if PLANS[name].carries_16_bits]
+        raise ValueError(f"exchange={plan.name!r} with noise_precision={shape.precision!r}: it "
+                         f"sends the gradients themselves, in full; use {' or '.join(others)}")
     plan.check(shape)
 
 

@@ -34,12 +34,12 @@ class SparseGradients:
         if p.grad is not None:
             self._gradients[name] = p.grad.detach()
 
-    def own(self, p: Tensor) -> bool:
+    def owns(self, p: Tensor) -> bool:
         """Whether ``p.grad`` is a result from here."""
         return p.grad is not None and p.grad is self._results.get(p)
 
     def remember(self, p: Tensor, result: Tensor) -> Tensor:
-        """``result``, to be known again by `own`."""
+        """``result``, to be known again by `owns`."""
         self._results[p] = result
         return result
 

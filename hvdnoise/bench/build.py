@@ -19,6 +19,7 @@ from hvdnoise.bench.config import BenchConfig
 from hvdnoise.bench.models import Problem
 from hvdnoise.bench.variants import Variant
 from hvdnoise.optimizer import DistributedOptimizer
+from hvdnoise.plans import PLAIN
 from hvdnoise.wrapping import Wrapper
 
 MOMENTUM = 0.9
@@ -35,8 +36,8 @@ class Runner:
     step: Callable[[], Any]
 
     def facts(self, ranks: int, group_size: int) -> dict[str, Any]:
-        """What it says of itself, and what hvdnoise.costs says of it. Bytes per step."""
-        plan = getattr(self.optimizer, "exchange_plan", "allreduce")
+        """What it says of itself, and what the plan says of it. Bytes per step."""
+        plan = getattr(self.optimizer, "exchange_plan", PLAIN.name)
         numbers = sum(p.numel() for p in self.model.parameters())
         return {"name": self.variant.name, "plan": plan,
                 "reason": getattr(self.optimizer, "exchange_reason", ""),
@@ -91,7 +92,7 @@ def _noisy(variant: Variant, model: nn.Module, config: BenchConfig, problem: Pro
         value.backward()
         return value
 
-    if variant.lag == 0:
+    if optimizer.noise is not None and optimizer.noise.lag == 0:
         return optimizer, lambda: optimizer.step(evaluate)
     return optimizer, _ordinary(optimizer, loss)
 

@@ -24,7 +24,9 @@ class BenchConfig:
             numbers (k: thousand) whose gradients cost next to no computation.
         variants: names with commas between: plain, none, ddp, sam, gnc-own, gnc-isotropic,
             full-workers, full-examples, isotropic, gathered[:PLAN][:PRECISION][:LAG] as in
-            gathered:transpose:bf16:lag2; or default, or all. plain is always there.
+            gathered:transpose:bf16:lag2, or any other registered noise as in KIND:OPTION=VALUE;
+            or default, or all. plain is always there.
+        plugins: as of hvdnoise train: Python files or modules that register noises.
         batch_size: examples of each rank and step.
         image_size: width and height of the images.
         compute_ms: of comm models; milliseconds that forward and backward of an emulated
@@ -48,6 +50,7 @@ class BenchConfig:
 
     model: str = "resnet20"
     variants: str = "default"
+    plugins: tuple[str, ...] = ()
     batch_size: int = 32
     image_size: int = 32
     compute_ms: float = 0.0
@@ -139,7 +142,7 @@ def _unfit(variant: Variant, config: BenchConfig, ranks: int) -> str:
     noise = config.new_noise(variant, ranks)
     if noise is not None and noise.min_workers > ranks:
         return f"it needs {noise.min_workers} ranks and there is {ranks}; start more"
-    if variant.plan == "group":
+    if variant.grouped:
         try:
             comm.group_of(0, ranks, config.group_size)
         except ValueError as error:

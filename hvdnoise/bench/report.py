@@ -130,7 +130,7 @@ def _some(count: int, what: str) -> str:
 def _notes(record: dict[str, Any]) -> list[str]:
     rows = record["results"]
     notes = ["Medians over the rounds, with quartiles; x plain: ratios within each round. Bytes "
-             "received and memory are per rank;", "predicted: by hvdnoise.costs, x 4P; noise: "
+             "received and memory are per rank;", "predicted: by hvdnoise.plans, x 4P; noise: "
              "what hvdnoise counts of its own memory."]
     if record["ranks"] > 1 and any(row["bytes"] is None for row in rows):
         notes.append(f"MB received -: interface {record['interface']} does not see the exchange. "

@@ -91,11 +91,9 @@ def _outline(config: PlanConfig) -> Outline:
 
 def shape(config: PlanConfig, parameters: int) -> Shape:
     """What the exchange's cost depends on, in the precision of the settings."""
-    name, _, number = config.exchange.partition(":")
     return Shape(parameters, config.ranks, config.virtual_workers,
                  precision=config.noise_precision,
-                 group_size=int(number) if name == "group" and number.isdigit()
-                 else config.ranks_per_host)
+                 group_size=config.group_size(config.ranks_per_host) or config.ranks_per_host)
 
 
 def facts(config: PlanConfig) -> tuple[int, int, tuple[int, int, int]]:

@@ -12,6 +12,7 @@ from hvdnoise.planning import lines
 from hvdnoise.planning.config import PlanConfig, read
 from hvdnoise.planning.outline import Outline, outline, shape
 from hvdnoise.planning.predict import Cluster, Prediction, predict_all
+from hvdnoise.plans import PLANS
 
 _MB = 1e6
 _MEANING = """MB/rank: 10^6 bytes that a rank receives in a step, with ring algorithms; MB/host: \
@@ -54,7 +55,7 @@ def cluster(config: PlanConfig) -> Cluster:
 
 def predict(config: PlanConfig, run: Outline) -> list[Prediction]:
     """All plans at the lags 1 and 2, and 0 where that is configured."""
-    lags = (0, 1, 2) if config.noise.lag == 0 else (1, 2)
+    lags = (0, 1, 2) if _lag(config) == 0 else (1, 2)
     return predict_all(shape(config, run.parameters), cluster(config), lags)
 
 
@@ -70,7 +71,9 @@ def as_json(config: PlanConfig, flags: Sequence[str], run: Outline,
         "cluster": dict(dataclasses.asdict(cluster(config)), hostnames=config.names,
                         bytes_per_second=_finite(cluster(config).bytes_per_second)),
         "run": dict(dataclasses.asdict(run), batch=run.batch,
-                    virtual_workers=config.virtual_workers),
+                    virtual_workers=config.virtual_workers,
+                    plan={"name": run.plan.name, "group_size": run.plan.group_size,
+                          "reason": run.plan.reason}),
         "exchange_needed": run.mixes, "plans": plans,
         "commands": {"train": lines.train(flags), "horovodrun": lines.horovodrun(config, flags),
                      "mpirun": lines.mpirun(config, flags)},
@@ -126,8 +129,13 @@ def _noise(config: PlanConfig, run: Outline) -> str:
     details = [value for value in (noise.structure, noise.source) if value]
     name = " ".join([noise.kind, *details])
     if run.mixes:
-        return f"{name}, lag {1 if noise.lag is None else noise.lag}"
+        return f"{name}, lag {_lag(config)}"
     return f"{name}: it needs no exchange, the allreduce of the gradients is all that travels"
+
+
+def _lag(config: PlanConfig) -> int:
+    noise = config.noise.build(seed=0, batch_size=1, total_steps=1)
+    return 1 if noise is None else noise.lag
 
 
 def _table(predictions: Sequence[Prediction]) -> list[str]:
@@ -158,9 +166,9 @@ def _advice(config: PlanConfig, run: Outline, predictions: Sequence[Prediction])
     said = []
     if config.bandwidth_gbit is None or config.compute_ms is None:
         said.append("give --bandwidth_gbit and --compute_ms to have step times predicted")
-    same_law = [each for each in predictions if each.plan in ("allgather", "gather-only",
-                                                              "transpose") and not each.impossible
-                and each.precision == _bits(config)]
+    possible = [PLANS[each.plan] for each in predictions if not each.impossible]
+    same_law = [each for each in predictions if not each.impossible
+                and PLANS[each.plan].all_workers and each.precision == _bits(config)]
     taken = [each for each in same_law if each.plan == run.plan.name]
     if run.mixes and taken and same_law:
         least = min(same_law, key=lambda each: each.into_host)
@@ -168,10 +176,9 @@ def _advice(config: PlanConfig, run: Outline, predictions: Sequence[Prediction])
             said.append(f"on these hosts {least.plan} carries least over a link: "
                         f"{least.into_host / taken[0].into_host:.2f} x {taken[0].plan}; try "
                         f"--exchange {least.plan}")
-    if "group" in {each.plan for each in predictions if not each.impossible} and run.mixes \
-            and run.plan.name != "group" and len(config.names) > 1:
-        said.append("group carries no noise between hosts; it mixes fewer workers, which changes "
-                    "the noise's law")
+    if run.mixes and len(config.names) > 1:
+        said += [f"{plan.name} {plan.note}" for plan in dict.fromkeys(possible)
+                 if plan.note and plan is not run.plan.plan]
     return said
 
 

@@ -7,86 +7,17 @@ their own: `data` (hvdnoise.training.dataspec), `optim` and `lr` (hvdnoise.train
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
-from typing import Any, Callable, Literal
+from typing import Any, Literal
 
-from hvdnoise.noise import Noise, make_noise
+from hvdnoise.plans import group_size
 from hvdnoise.training.dataspec import DataConfig
+from hvdnoise.training.errors import ConfigError
+from hvdnoise.training.noise_config import NoiseConfig
 from hvdnoise.training.optim import LrConfig, OptimConfig
 
-
-class ConfigError(ValueError):
-    """A setting is wrong; one line that names it and the remedy."""
-
-
-@dataclass(frozen=True)
-class NoiseConfig:
-    """The structured noise (see hvdnoise.noise).
-
-    Args:
-        kind: gnc displaces each worker's weights by gradient noise; covariance gives the gradient
-            the noise of a smaller batch.
-        source: of gnc: own (default), gathered, isotropic; of covariance: workers (default),
-            examples.
-        radius: gnc's scale as the size of the displacement, in the units of the weights.
-        lr: gnc's scale as a multiple of the learning rate.
-        relative: gnc's scale as a share of each weight tensor's norm.
-        final: gnc's scale at the end of the run, reached linearly; default: it stays the same.
-        lag: gnc's deviations: 1, of the step before (default); 2, of the one before that, whose
-            exchange hides behind a step; 0, of a first pass over the same batch, at twice the cost.
-        structure: of covariance: full (default) or isotropic.
-        emulated_batch: of covariance: the batch size whose noise the step shall have.
-    """
-
-    kind: Literal["none", "gnc", "covariance"] = "none"
-    source: str | None = None
-    radius: float | None = None
-    lr: float | None = None
-    relative: float | None = None
-    final: float | None = None
-    lag: int | None = None
-    structure: str | None = None
-    emulated_batch: int | None = None
-
-    def __post_init__(self) -> None:
-        foreign = [name for name, value in self._given().items()
-                   if value is not None and name not in _NOISE_OPTIONS[self.kind]]
-        if foreign:
-            takes = ", ".join(_NOISE_OPTIONS[self.kind]) or "no options"
-            raise ConfigError(f"noise.{foreign[0]}={getattr(self, foreign[0])!r} does not go with "
-                              f"noise.kind={self.kind}, which takes {takes}")
-        if self.final is not None and not 0 <= self.final < math.inf:
-            raise ConfigError(f"noise.final={self.final!r} must be a finite number >= 0")
-
-    def _given(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items()
-                if key != "kind" and value is not None}
-
-    def build(self, *, seed: int, batch_size: int, total_steps: int) -> Noise | None:
-        """The noise, or None; batch_size: examples per worker and step.
-
-        Raises:
-            ValueError: for a value outside what the noise takes.
-        """
-        options = self._given()
-        final = options.pop("final", None)
-        for name in ("radius", "lr", "relative"):
-            if final is not None and name in options:
-                options[name] = _linear(options[name], final, total_steps)
-        if self.kind == "covariance":
-            options["batch_size"] = batch_size
-        if self.kind != "none":
-            options["seed"] = seed
-        return make_noise(self.kind, **options)
-
-
-_NOISE_OPTIONS = {"none": (), "gnc": ("source", "radius", "lr", "relative", "final", "lag"),
-                  "covariance": ("source", "structure", "emulated_batch")}
-
-
-def _linear(start: float, end: float, steps: int) -> Callable[[int], float]:
-    return lambda step: start + (end - start) * min(1.0, step / max(1, steps))
+__all__ = ["CheckpointConfig", "ConfigError", "NoiseConfig", "TrainConfig", "changes", "flat",
+           "flatten", "identity", "nested"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +45,8 @@ class TrainConfig:
         optim: the optimizer.
         lr: the learning rate over the run.
         noise: the structured noise.
+        plugins: Python files (.py) or modules that register noises, imported before the other
+            settings are read; as a flag, with commas between.
         exchange: how noise that mixes the workers' deviations (gnc gathered) travels: auto,
             allgather, gather-only, transpose, group (ranks of a host) or group:K (K consecutive).
         noise_precision: of that noise on the wire; the gradients always travel in full.
@@ -147,6 +80,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     lr: LrConfig = field(default_factory=LrConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
+    plugins: tuple[str, ...] = ()
     exchange: str = "auto"
     noise_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -178,8 +112,7 @@ class TrainConfig:
 
     def group_size(self, local_size: int) -> int | None:
         """Ranks of a group of the exchange, where there are groups."""
-        name, _, number = self.exchange.partition(":")
-        return int(number or local_size) if name == "group" else None
+        return group_size(self.exchange, local_size)
 
     def worker_batch(self, size: int) -> int:
         """b, examples per worker and step, on ``size`` ranks."""
@@ -197,23 +130,40 @@ _FREE = {"epochs", "max_bad_steps", "eval_every", "device", "threads", "name", "
 _SIZES = {"virtual_workers", "global_batch", "data.batch_size", "accumulate"}
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+def nested(config: Any) -> dict[str, Any]:
+    """Every setting as JSON values, a group as a dict: what a YAML file holds."""
+    if isinstance(config, NoiseConfig):
+        values = config.settings()
+    else:
+        values = {each.name: getattr(config, each.name) for each in dataclasses.fields(config)}
+    return {key: nested(value) if dataclasses.is_dataclass(value) else
+            list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What `nested` or a file holds, by the flags' names."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict)
+                     else {prefix + key: value})
+    return found
+
+
+def flatten(config: Any) -> dict[str, Any]:
     """Every setting by its flag's name, as JSON values."""
-    flat: dict[str, Any] = {}
-    for each in dataclasses.fields(config):
-        value = getattr(config, each.name)
-        if dataclasses.is_dataclass(value):
-            flat.update(flatten(value, f"{prefix}{each.name}."))
-        else:
-            flat[prefix + each.name] = list(value) if isinstance(value, tuple) else value
-    return flat
+    return flat(nested(config))
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], *, resize: bool) -> list[str]:
-    """The settings (of `flatten`) in which a resumed run may not differ, and does."""
+    """The settings (of `flatten`) in which a resumed run may not differ, and does.
+
+    A setting that is not there, null or an empty list counts as not given.
+    """
     free = _FREE | _SIZES if resize else _FREE
+    empty: tuple[Any, ...] = (None, [])
     return [key for key in sorted(before.keys() | now.keys())
-            if key not in free and before.get(key) != now.get(key)]
+            if key not in free and before.get(key) != now.get(key)
+            and not (before.get(key) in empty and now.get(key) in empty)]
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """From the command line and YAML files to settings; every mistake is one line.
 
 jsonargparse does the work. Around it: bool flags need no value, the settings come back as the
-dataclasses, and its messages become one line with the value and the remedy.
+dataclasses, its messages become one line with the value and the remedy, and a group whose settings
+are known only now (the noise, after the plugins) says what they are by its ``schema``.
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import json
 import re
 import typing
 from argparse import ArgumentError
-from typing import Any, Sequence, TypeVar
+from pathlib import Path
+from typing import Any, Iterator, Sequence, TypeVar
 
 import jsonargparse
+import yaml
 
+from hvdnoise.training import plugins
 from hvdnoise.training.config import ConfigError, flatten
 
 T = TypeVar("T")
@@ -25,23 +30,64 @@ T = TypeVar("T")
 def parse(kind: type[T], arguments: Sequence[str], *, program: str, positional: str = "") -> T:
     """The settings ``kind`` (a dataclass) from flags and ``--config`` files.
 
-    ``--help`` and ``--print_config`` print and exit with 0.
+    Plugins that they name are imported first. ``--help`` and ``--print_config`` print and exit
+    with 0.
 
     Raises:
         ConfigError: for anything that is no right setting by itself.
     """
+    plugins.load(_plugins(kind, arguments))
+    with _one_line_errors(kind):
+        arguments = _with_values(kind, arguments)
+        first = _schema(kind)
+        found = _parser(kind, first, program, positional).parse_args(arguments)
+        if first is not kind:  # noises may have options of one name and several types
+            exact = _schema(kind, found)
+            found = _parser(kind, exact, program, positional).parse_args(arguments)
+        config = _build(kind, found)
+    plugins.load(getattr(config, "plugins", ()))  # by an abbreviated flag
+    return config
+
+
+def from_file(kind: type[T], path: Path, *, program: str, without: Sequence[str] = ()) -> T:
+    """The settings of a file alone, but some groups, which are as by default.
+
+    No plugin is imported.
+
+    Raises:
+        ConfigError: for a file that holds no such settings.
+    """
+    with _one_line_errors(kind):
+        try:
+            values = yaml.safe_load(path.read_text())
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds no settings")
+        kept = {key: value for key, value in values.items() if key not in without}
+        return _build(kind, _parser(kind, _schema(kind), program).parse_object(kept))
+
+
+def _parser(kind: type, schema: type, program: str, positional: str = ""
+            ) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(prog=program, description=_description(kind),
                                          exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of settings; flags after it "
                         "override it")
     if positional:
         parser.add_argument(positional, help=f"the {positional}")
-    parser.add_class_arguments(kind, skip={positional} if positional else None)
+    parser.add_class_arguments(schema, skip={positional} if positional else None)
+    return parser
+
+
+@contextlib.contextmanager
+def _one_line_errors(kind: type) -> Iterator[None]:
     said = io.StringIO()  # usage that argparse prints before it raises
     try:
         with contextlib.redirect_stderr(said):
-            found = parser.parse_args(_with_values(kind, arguments))
-        return _build(kind, found)
+            yield
+    except ConfigError:
+        raise
     except (ArgumentError, ValueError, TypeError) as error:
         raise ConfigError(_one_line(error, kind)) from error
 
@@ -50,20 +96,58 @@ def _description(kind: type) -> str:
     return (kind.__doc__ or "").split("\n\n")[0].strip()
 
 
+def _schema(kind: type, found: Any = None) -> type:
+    """``kind``, where each group that has a schema of its own is that; as for what was found."""
+    groups = [(name, hint.schema(*(() if found is None else (found[name].kind,))))
+              for name, hint in typing.get_type_hints(kind).items() if hasattr(hint, "schema")]
+    if not groups:
+        return kind
+    made = dataclasses.make_dataclass(
+        kind.__name__, [(name, group, dataclasses.field(default_factory=group))
+                        for name, group in groups], bases=(kind,), frozen=True)
+    made.__doc__ = kind.__doc__
+    return made
+
+
 def _with_values(kind: type, arguments: Sequence[str]) -> list[str]:
-    """``--flag`` alone means ``--flag true`` where the setting is a bool."""
-    full = []
+    """``--flag`` alone means ``--flag true`` where the setting is a bool; plugins are a list."""
+    full: list[str] = []
+    bools = _bools(_schema(kind))
     for argument, following in zip(arguments, [*arguments[1:], "--"]):
+        if full and full[-1] == "--plugins" and not argument.startswith(("[", "--")):
+            argument = json.dumps(_listed(argument))
         full.append(argument)
-        if argument.removeprefix("--") in _bools(kind) and following.startswith("--"):
+        if argument.removeprefix("--") in bools and following.startswith("--"):
             full.append("true")
     return full
+
+
+def _plugins(kind: type, arguments: Sequence[str]) -> list[str]:
+    """The plugins that the arguments name; what is wrong with them otherwise is found later."""
+    found: Any = None
+    if "plugins" not in typing.get_type_hints(kind):
+        return []
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        flag, given, value = argument.partition("=")
+        value = value if given else following
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+            if flag == "--plugins":
+                found = yaml.safe_load(value) if value.startswith("[") else _listed(value)
+            elif flag == "--config":
+                inside = yaml.safe_load(Path(value).read_text() if Path(value).is_file() else value)
+                found = inside.get("plugins", found) if isinstance(inside, dict) else found
+    right = isinstance(found, list) and all(isinstance(each, str) for each in found)
+    return found if right else []
+
+
+def _listed(text: str) -> list[str]:
+    return [each.strip() for each in text.split(",") if each.strip()]
 
 
 def _bools(kind: type, prefix: str = "") -> set[str]:
     names: set[str] = set()
     for name, annotation in typing.get_type_hints(kind).items():
-        if annotation is bool:
+        if annotation in (bool, bool | None):
             names.add(prefix + name)
         elif dataclasses.is_dataclass(annotation):
             names |= _bools(typing.cast(type, annotation), f"{prefix}{name}.")
@@ -72,6 +156,8 @@ def _bools(kind: type, prefix: str = "") -> set[str]:
 
 def _build(kind: type[T], values: Any) -> T:
     """The dataclass from parsed values, group by group."""
+    if hasattr(kind, "schema"):
+        return kind(**vars(values))
     hints = typing.get_type_hints(kind)
     return kind(**{each.name: _build(hints[each.name], values[each.name])
                    if dataclasses.is_dataclass(hints[each.name]) else values[each.name]
@@ -93,8 +179,7 @@ def _one_line(error: Exception, kind: type) -> str:
         if value:
             return f"{key}={value[1]} is wrong: give {_expected(why)}"
         return f"{key}: {why}; {help_}"
-    return text if isinstance(error, ConfigError) or not isinstance(error, ArgumentError) \
-        else f"{text}; {help_}"
+    return f"{text}; {help_}" if isinstance(error, ArgumentError) else text
 
 
 def _expected(why: str) -> str:
@@ -110,5 +195,5 @@ def _expected(why: str) -> str:
 
 def _nearest(text: str, kind: type) -> str:
     wanted = text.split()[0].removeprefix("--").split("=")[0]
-    near = difflib.get_close_matches(wanted, flatten(kind()), n=2, cutoff=0.6)
+    near = difflib.get_close_matches(wanted, flatten(_schema(kind)()), n=2, cutoff=0.6)
     return f"did you mean {' or '.join(near)}?" if near else "see --help"

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvdnoise.training import plugins
 from hvdnoise.training.progress import log
 
 _OF_A_RUN = ("config.yaml", "environment.json", "metrics.jsonl", "preempted.json", "summary.json",
@@ -80,7 +81,7 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
-    return found
+    return {**found, **plugins.versions()}
 
 
 def code_digest() -> str:

@@ -11,7 +11,7 @@ from hvdnoise.comm import World
 from hvdnoise.training import checkpoint, data, models
 from hvdnoise.training.config import ConfigError, TrainConfig
 from hvdnoise.training.evaluate import evaluate
-from hvdnoise.training.options import parse
+from hvdnoise.training.options import from_file
 from hvdnoise.training.progress import log
 from hvdnoise.training.runfolder import together
 
@@ -19,7 +19,9 @@ _FILES = {"final": "weights.pt", "best": "weights-best.pt", "ema": "weights-ema.
 
 
 def find(run: str, which: str, data_root: str | None) -> tuple[TrainConfig, Path]:
-    """The settings of a run and the file of the weights asked for.
+    """The settings of a run, but its noise, and the file of the weights asked for.
+
+    The run's plugins are not imported: a run folder is data, and scoring needs no noise.
 
     Raises:
         ConfigError: when there is no such run or file.
@@ -27,7 +29,8 @@ def find(run: str, which: str, data_root: str | None) -> tuple[TrainConfig, Path
     folder = Path(run)
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"run={run or '(none)'} holds no config.yaml: give the folder of a run")
-    config = parse(TrainConfig, ["--config", str(folder / "config.yaml")], program="hvdnoise eval")
+    config = from_file(TrainConfig, folder / "config.yaml", program="hvdnoise eval",
+                       without=("noise", "plugins"))
     weights = folder / _FILES[which] if which in _FILES else Path(which)
     if weights.is_dir():
         weights = weights / "shared.pt"

@@ -5,7 +5,6 @@ Everything that can be refused is refused before anything is created, on all ran
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -21,7 +20,15 @@ from torch import nn
 from hvdnoise import comm
 from hvdnoise.comm import World
 from hvdnoise.training import checkpoint, records
-from hvdnoise.training.config import ConfigError, TrainConfig, changes, flatten, identity
+from hvdnoise.training.config import (
+    ConfigError,
+    TrainConfig,
+    changes,
+    flat,
+    flatten,
+    identity,
+    nested,
+)
 from hvdnoise.training.progress import log
 
 T = TypeVar("T")
@@ -87,15 +94,7 @@ def _settings_of(config: TrainConfig) -> dict[str, Any]:
     path = Path(config.run_dir or "") / "config.yaml"
     if not path.is_file():
         return {}
-    return _flat(yaml.safe_load(path.read_text()))
-
-
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict)
-                    else {prefix + key: value})
-    return flat
+    return flat(yaml.safe_load(path.read_text()))
 
 
 def _check_same_run(before: dict[str, Any], config: TrainConfig) -> None:
@@ -152,7 +151,7 @@ def open_folder(config: TrainConfig, world: World, model: nn.Module) -> Path:
 
     def describe() -> None:
         if world.rank == 0:
-            text = yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+            text = yaml.safe_dump(nested(config), sort_keys=False)
             records.write_text(folder / "config.yaml", text)
             facts = records.environment(hosts, comm.environment())
             records.write_text(folder / "environment.json", json.dumps(facts, indent=1))
@@ -193,12 +192,6 @@ def _check_space(config: TrainConfig, folder: Path, model: nn.Module) -> None:
         raise ConfigError(f"run_dir={folder} has {free >> 20} MiB free and checkpoints may take "
                           f"{needed >> 20}: free some, give another folder, or lower "
                           "checkpoint.keep")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    return list(value) if isinstance(value, tuple) else value
 
 
 def config_digest(config: TrainConfig) -> str:

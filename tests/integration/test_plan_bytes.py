@@ -20,7 +20,7 @@ from typing import Any, Callable
 
 import pytest
 
-from hvdnoise.costs import Shape
+from hvdnoise.exchange_plan import Shape
 from hvdnoise.planning.predict import Cluster, predict
 from tests import cluster
 from tests.launcher import LAUNCHERS, launch
@@ -32,8 +32,8 @@ GROUP = 2  # ranks
 NUMBERS = SIDE * SIDE + SIDE
 # name -> plan, options of DistributedOptimizer, precision
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "plain": ("own", {}, "fp32"),
-    "own": ("own", {"source": "own"}, "fp32"),
+    "plain": ("allreduce", {}, "fp32"),
+    "own": ("allreduce", {"source": "own"}, "fp32"),
     "allgather": ("allgather", {"source": "gathered"}, "fp32"),
     "allgather-bf16": ("allgather", {"source": "gathered"}, "bf16"),
     "group": ("group", {"source": "gathered"}, "fp32"),

@@ -13,8 +13,10 @@ import torch
 from hvdnoise.bench import measure, models, report, variants
 from hvdnoise.bench.config import BenchConfig, validate
 from hvdnoise.bench.variants import SETS, Variant, names, parse
-from hvdnoise.costs import Shape, bytes_received
+from hvdnoise.exchange_plan import Shape
 from hvdnoise.noise import GNC
+from hvdnoise.noise.base import ExampleNoise, MeanNoise, WorkerNoise
+from hvdnoise.plans import PLAIN
 from hvdnoise.training.config import ConfigError
 
 CPU = torch.device("cpu")
@@ -65,8 +67,8 @@ def test_plain_leads_every_list_and_no_name_comes_twice() -> None:
 
 
 def test_every_plan_is_among_all() -> None:
-    assert {parse(name).plan for name in SETS["all"]} == set(variants.PLANS)
-    assert {parse(name).method for name in SETS["all"]} == set(variants.METHODS)
+    assert {parse(name).plan for name in SETS["all"]} == set(variants.CHOICES)
+    assert {parse(name).method for name in SETS["all"]} == set(variants.methods())
 
 
 def test_what_the_optimizer_is_given() -> None:
@@ -81,16 +83,17 @@ def test_what_the_optimizer_is_given() -> None:
         assert isinstance(noise, GNC) and (noise.source, noise.seed) == (source, 3)
     acts = {name: parse(name).noise(**numbers) for name in ("plain", "none", "ddp", "sam")}
     assert set(acts.values()) == {None}
-    assert [getattr(parse(name).noise(**numbers), "acts_on") for name in (
-        "full-workers", "full-examples", "isotropic")] == ["workers", "examples", "mean"]
+    for name, kind in (("full-workers", WorkerNoise), ("full-examples", ExampleNoise),
+                       ("isotropic", MeanNoise)):
+        assert isinstance(parse(name).noise(**numbers), kind)
 
 
 def test_predictions_are_those_of_costs() -> None:
     half = parse("gathered:transpose:bf16")
     assert half.predicted_bytes("transpose", 1000, 4, 2) == 0.75 * 1000 * (4 + 4 + 2)
     assert parse("gathered:group").predicted_bytes("group", 1000, 4, 2) == 6000 + 4000
-    assert parse("gnc-own:lag0").predicted_bytes("own", 1000, 4, 2) == 2 * bytes_received(
-        "own", Shape(1000, 4))
+    assert parse("gnc-own:lag0").predicted_bytes("allreduce", 1000, 4, 2) == 2 * (
+        PLAIN.bytes_received(Shape(1000, 4)))
 
 # ---------------------------------------------------------------------------- settings
 
@@ -250,7 +253,7 @@ def test_time_is_the_mean_of_the_steps_after_the_first(monkeypatch: pytest.Monke
 def made_up() -> dict[str, Any]:
     """A machine that gets twice as slow from round to round, and a variant that costs 1.5 x."""
     def variant(name: str, seconds: list[float], **others: Any) -> dict[str, Any]:
-        return {"name": name, "plan": "own", "reason": "", "predicted_bytes": 4000.0,
+        return {"name": name, "plan": "allreduce", "reason": "", "predicted_bytes": 4000.0,
                 "noise_memory": None, "seconds": seconds, "interface_bytes": [4000.0] * 5,
                 "replicas_equal": True, "distance_moved": 1.0, "distance_from_plain": 0.0,
                 "memory": [10_000, 12_000], **others}
@@ -300,7 +303,8 @@ def test_the_files_and_the_table(tmp_path: Path) -> None:
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + 3 and len({len(row) for row in rows}) == 1
     assert [cell.strip() for cell in rows[3].split("|")[1:-1]] == [
-        "none", "own", "6000.0 [3000.0, 12000.0]", "1.50 [1.50, 1.50]", "0.01", "2.00", "1.00",
+        "none", "allreduce", "6000.0 [3000.0, 12000.0]", "1.50 [1.50, 1.50]", "0.01", "2.00",
+        "1.00",
         "2.00", "0", "+1.50", "1.50"]
     assert rows[4].count(" - ") == 6
     assert "2 ranks on 1 host" in text and "3 ms of emulated computation" in text

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from hvdnoise.training import config as configs
 from hvdnoise.training.config import ConfigError, NoiseConfig, TrainConfig
 from hvdnoise.training.options import parse
-from hvdnoise.training.runfolder import _flat
 from hvdnoise.training.validation import validate
 
 
@@ -142,10 +142,8 @@ def test_changes_that_a_resumed_run_may_make() -> None:
 
 
 def test_flat_settings_of_a_file_are_those_of_the_config() -> None:
-    import dataclasses
     found = settings("--optim.lr", "0.3")
-    nested = {key: value for key, value in dataclasses.asdict(found).items()}
-    assert {k: list(v) if isinstance(v, tuple) else v for k, v in _flat(nested).items()} \
+    assert configs.flat(yaml.safe_load(yaml.safe_dump(configs.nested(found)))) \
         == configs.flatten(found)
 
 

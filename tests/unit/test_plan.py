@@ -16,13 +16,13 @@ import pytest
 import torch
 import yaml
 
-from hvdnoise import costs
 from hvdnoise.cli import main
-from hvdnoise.costs import Shape
+from hvdnoise.exchange_plan import Shape
 from hvdnoise.planning import lines
 from hvdnoise.planning.config import PlanConfig, read
 from hvdnoise.planning.outline import Outline, count_parameters, outline
 from hvdnoise.planning.predict import Cluster, into_host, predict, predict_all, step_seconds
+from hvdnoise.plans import PLAIN, PLANS, choose
 from hvdnoise.training import job, models
 from hvdnoise.training.config import ConfigError, TrainConfig
 from hvdnoise.training.options import parse
@@ -61,7 +61,7 @@ def test_quickstart_by_hand() -> None:
     # three 3x3 convolutions with group norm, 3x3 pixels left of 28x28
     expected = 9 * (32 + 32 * 64 + 64 * 128) + 2 * (32 + 64 + 128) + (128 * 9 + 1) * 10
     assert run.parameters == expected
-    assert run.plan.name == "own" and not run.mixes
+    assert run.plan.name == "allreduce" and not run.mixes
 
 
 @pytest.mark.parametrize("flags", [
@@ -116,14 +116,14 @@ def test_the_plan_that_auto_takes() -> None:
         return plan(*SYNTHETIC, "--model", "small-cnn", *flags)[1].plan.name
     assert taken("--hosts", "2", *GATHERED) == "gather-only"
     assert taken("--hosts", "8", *GATHERED) == "transpose"
-    assert taken("--virtual_workers", "2", *GATHERED) == "own"  # one rank
-    assert taken("--hosts", "2", "--noise.kind", "gnc", "--noise.radius", "1") == "own"
+    assert taken("--virtual_workers", "2", *GATHERED) == "allreduce"  # one rank
+    assert taken("--hosts", "2", "--noise.kind", "gnc", "--noise.radius", "1") == "allreduce"
     assert taken("--hosts", "2", *GATHERED, "--exchange", "transpose") == "transpose"
     _, grouped = plan(*SYNTHETIC, "--ranks_per_host", "4", *GATHERED, "--exchange", "group:2")
     assert (grouped.plan.name, grouped.plan.group_size) == ("group", 2)
     _, run = plan(*SYNTHETIC, "--hosts", "8", *GATHERED)
     shape = Shape(run.parameters, 8)
-    assert run.plan == costs.choose("auto", shape, mixes=True, local_size=1)
+    assert run.plan == choose("auto", shape, mixes=True, local_size=1)
 
 
 # ---------------------------------------------------------------------- bytes
@@ -132,25 +132,25 @@ def test_the_plan_that_auto_takes() -> None:
 def test_bytes_into_a_host_by_hand() -> None:
     shape, one, four = Shape(P, 4, group_size=2), Cluster(4, 1), Cluster(1, 4)
     two = Cluster(2, 2)
-    for name in costs.PLANS:  # one rank a host: all that it receives; one host: nothing
-        assert into_host(name, shape, one) == pytest.approx(costs.bytes_received(name, shape))
-        assert into_host(name, shape, four) == 0
+    for plan in PLANS.values():  # one rank a host: all that it receives; one host: nothing
+        assert into_host(plan, shape, one) == pytest.approx(plan.bytes_received(shape))
+        assert into_host(plan, shape, four) == 0
     # 2 hosts x 2 ranks. Rings enter a host once: allreduce 6/4 * 4P, allgather 3 * 4P on top
-    assert into_host("own", shape, two) == pytest.approx(6 * P)
-    assert into_host("allgather", shape, two) == pytest.approx(18 * P)
-    assert into_host("gather-only", shape, two) == pytest.approx(12 * P)
-    assert into_host("group", shape, two) == pytest.approx(6 * P)
+    assert into_host(PLAIN, shape, two) == pytest.approx(6 * P)
+    assert into_host(PLANS["allgather"], shape, two) == pytest.approx(18 * P)
+    assert into_host(PLANS["gather-only"], shape, two) == pytest.approx(12 * P)
+    assert into_host(PLANS["group"], shape, two) == pytest.approx(6 * P)
     # mean: ring of 3/4 * 4P; each alltoall: 2 ranks x 2 slices of P/4 from the other host
-    assert into_host("transpose", shape, two) == pytest.approx(3 * P + 2 * 4 * P)
+    assert into_host(PLANS["transpose"], shape, two) == pytest.approx(3 * P + 2 * 4 * P)
     bf16 = replace(shape, precision="bf16", virtual_workers=3)
-    assert into_host("transpose", bf16, two) == pytest.approx(3 * P + 3 * (4 + 2) * P)
+    assert into_host(PLANS["transpose"], bf16, two) == pytest.approx(3 * P + 3 * (4 + 2) * P)
 
 
 @pytest.mark.parametrize("group, rings", [(2, 0), (4, 0), (3, 2), (6, 2), (12, 1), (8, 1)])
 def test_groups_across_hosts(group: int, rings: int) -> None:
     """4 ranks a host, 6 hosts: as many rings lead into the busiest host as groups straddle it."""
     shape = Shape(P, 24, group_size=group)
-    extra = into_host("group", shape, Cluster(6, 4)) - into_host("own", shape, Cluster(6, 4))
+    extra = into_host(PLANS["group"], shape, Cluster(6, 4)) - into_host(PLAIN, shape, Cluster(6, 4))
     assert extra == pytest.approx(rings * (group - 1) * 4 * P)
 
 
@@ -158,10 +158,10 @@ def test_every_plan_and_what_cannot_be() -> None:
     found = predict_all(Shape(P, 4, group_size=2), Cluster(2, 2))
     assert [(each.plan, each.precision) for each in found if each.impossible] == [
         ("gather-only", "bf16")]
-    assert {each.plan for each in found} == set(costs.PLANS) and len(found) == 9
+    assert {each.plan for each in found} == set(PLANS) and len(found) == 9
     for each in found:
         shape = Shape(P, 4, precision=each.precision, group_size=2)
-        assert each.memory == {lag: costs.memory_bytes(each.plan, shape, lag=lag)
+        assert each.memory == {lag: PLANS[each.plan].memory_bytes(shape, lag=lag)
                                for lag in (1, 2)}
         assert each.ratio == each.received / (6 * P)
     alone = predict_all(Shape(P, 1), Cluster(1, 1, 1e9, 0.1))
@@ -173,48 +173,49 @@ def test_every_plan_and_what_cannot_be() -> None:
 # ---------------------------------------------------------------------- time
 
 
-@pytest.mark.parametrize("name", costs.PLANS)
+@pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_limits_of_the_model_of_time(name: str, precision: str) -> None:
     shape = Shape(P, 4, 2, precision=precision, group_size=2)
-    fast = predict(name, shape, Cluster(2, 2, math.inf, 0.1), (0, 1, 2))
+    fast = predict(PLANS[name], shape, Cluster(2, 2, math.inf, 0.1), (0, 1, 2))
     assert fast.overhead == pytest.approx({0: 2, 1: 1, 2: 1})
     lazy = Cluster(2, 2, 1e6, 0.0)
-    slow = predict(name, shape, lazy)
-    ratio = into_host(name, shape, lazy) / into_host("own", shape, lazy)
+    slow = predict(PLANS[name], shape, lazy)
+    ratio = into_host(PLANS[name], shape, lazy) / into_host(PLAIN, shape, lazy)
     assert slow.overhead == pytest.approx({1: ratio, 2: ratio})
-    assert predict(name, shape, Cluster(2, 2)).seconds == {}
-    still = predict(name, shape, Cluster(2, 2, math.inf, 0.0))
+    assert predict(PLANS[name], shape, Cluster(2, 2)).seconds == {}
+    still = predict(PLANS[name], shape, Cluster(2, 2, math.inf, 0.0))
     assert still.seconds == {1: 0, 2: 0} and still.overhead == {}
 
 
 def test_lag_2_hides_the_noise_and_nothing_else() -> None:
     shape = Shape(P, 4)  # 6 KB of gradients; 12 KB more gathered
     cluster = Cluster(4, 1, bytes_per_second=1e6, compute_seconds=0.018)
-    assert step_seconds("own", shape, cluster, 1) == pytest.approx(0.018)  # 6 ms within 12 ms
-    assert step_seconds("allgather", shape, cluster, 1) == pytest.approx(0.006 + 0.018)
-    assert step_seconds("allgather", shape, cluster, 2) == pytest.approx(0.018)
+    assert step_seconds(PLAIN, shape, cluster, 1) == pytest.approx(0.018)  # 6 ms within 12 ms
+    assert step_seconds(PLANS["allgather"], shape, cluster, 1) == pytest.approx(0.006 + 0.018)
+    assert step_seconds(PLANS["allgather"], shape, cluster, 2) == pytest.approx(0.018)
     # 12 ms that the mean is in, hidden by 12 ms of backward
-    assert step_seconds("gather-only", shape, cluster, 2) == pytest.approx(0.018)
+    assert step_seconds(PLANS["gather-only"], shape, cluster, 2) == pytest.approx(0.018)
     quick = replace(cluster, compute_seconds=0.0090)
-    assert step_seconds("gather-only", shape, quick, 2) == pytest.approx(0.003 + 0.012)
-    assert step_seconds("allgather", shape, quick, 2) == pytest.approx(0.018)  # the link is full
+    assert step_seconds(PLANS["gather-only"], shape, quick, 2) == pytest.approx(0.003 + 0.012)
+    full = step_seconds(PLANS["allgather"], shape, quick, 2)  # the link is full
+    assert full == pytest.approx(0.018)
     # transpose: 3 + 3 KB before the step ends, 3 KB of mixtures after
-    assert step_seconds("transpose", shape, quick, 1) == pytest.approx(0.003 + 0.009)
-    assert step_seconds("transpose", shape, quick, 2) == pytest.approx(0.009)
+    assert step_seconds(PLANS["transpose"], shape, quick, 1) == pytest.approx(0.003 + 0.009)
+    assert step_seconds(PLANS["transpose"], shape, quick, 2) == pytest.approx(0.009)
     half = replace(shape, precision="bf16")  # 1.5 KB of mixtures, and the same before them
     slower = replace(cluster, compute_seconds=0.006)
-    assert step_seconds("transpose", half, slower, 2) == pytest.approx(0.002 + 0.006)
+    assert step_seconds(PLANS["transpose"], half, slower, 2) == pytest.approx(0.002 + 0.006)
     # with passes before it, the last backward hides less
-    assert step_seconds("own", shape, replace(cluster, passes=4), 1) == pytest.approx(
+    assert step_seconds(PLAIN, shape, replace(cluster, passes=4), 1) == pytest.approx(
         0.018 - 0.003 + 0.006)
 
 
 def test_more_bytes_or_compute_never_take_less_time() -> None:
     times: dict[str, list[float]] = {}
     for numbers in (P, 10 * P, 1000 * P):
-        for name in costs.PLANS:
-            seconds = predict(name, Shape(numbers, 8, group_size=4), Cluster(2, 4, 1e6, 0.05)
+        for name in PLANS:
+            seconds = predict(PLANS[name], Shape(numbers, 8, group_size=4), Cluster(2, 4, 1e6, 0.05)
                               ).seconds
             assert seconds[2] <= seconds[1]
             times.setdefault(name, []).append(seconds[1])

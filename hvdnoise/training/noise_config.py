@@ -1,0 +1,136 @@
+"""The settings of the noise. Which there are is what the registered noises declare."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any, Callable, Iterable, Literal, Mapping
+
+from hvdnoise.noise.base import Noise
+from hvdnoise.noise.registry import BUILT_IN, find, kinds, make_noise, noise_options, supplied
+from hvdnoise.noise.signature import REQUIRED, Option, summary
+from hvdnoise.training.errors import ConfigError
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class NoiseConfig:
+    """The structured noise (see hvdnoise.noise).
+
+    An option of any registered noise is an attribute; None where it is not given.
+
+    Args:
+        kind: none, or the name of a registered noise.
+        options: those given, by name; or each as an argument of its own.
+    """
+
+    kind: str
+    options: tuple[tuple[str, Any], ...]
+
+    def __init__(self, kind: str = "none", options: Mapping[str, Any] | Iterable[tuple[str, Any]]
+                 = (), **more: Any) -> None:
+        given = {name: tuple(value) if isinstance(value, list) else value
+                 for name, value in {**dict(options), **more}.items() if value is not None}
+        object.__setattr__(self, "kind", kind)
+        object.__setattr__(self, "options", tuple(sorted(given.items())))
+        self._check(given)
+
+    def _check(self, given: dict[str, Any]) -> None:
+        if self.kind not in ("none", *kinds()):
+            raise ConfigError(f"noise.kind={self.kind} is wrong: give one of "
+                              f"{', '.join(('none', *kinds()))}")
+        takes = settings_of(self.kind)
+        for name, value in given.items():
+            if name not in takes:
+                raise ConfigError(f"noise.{name}={value!r} does not go with noise.kind={self.kind},"
+                                  f" which takes {', '.join(takes) or 'no options'}")
+        final = given.get("final")
+        if final is not None and not 0 <= final < math.inf:
+            raise ConfigError(f"noise.final={final!r} must be a finite number >= 0")
+
+    def __getattr__(self, name: str) -> Any:
+        given = dict(vars(self).get("options", ()))
+        if name in given:
+            return given[name]
+        if not name.startswith("_") and any(name in settings_of(kind) for kind in kinds()):
+            return None
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}: no registered "
+                             "noise has such an option")
+
+    def __repr__(self) -> str:
+        return "NoiseConfig(" + ", ".join(
+            f"{name}={value!r}" for name, value in (("kind", self.kind), *self.options)) + ")"
+
+    def settings(self) -> dict[str, Any]:
+        """Kind and options by name, None where not given: those of its kind and the built-in."""
+        takes = [name for kind in (*BUILT_IN, self.kind) for name in settings_of(kind)]
+        return {"kind": self.kind, **dict.fromkeys(takes), **dict(self.options)}
+
+    def build(self, *, seed: int, batch_size: int, total_steps: int) -> Noise | None:
+        """The noise, or None; batch_size: examples per worker and step.
+
+        Raises:
+            ValueError: for a value outside what the noise takes, or one that is missing.
+        """
+        options = dict(self.options)
+        final = options.pop("final", None)
+        for name, option in noise_options(self.kind).items():
+            if option.default is REQUIRED and name not in options:
+                raise ConfigError(f"noise.kind={self.kind} needs noise.{name}")
+            if option.schedule and final is not None and name in options:
+                options[name] = _linear(options[name], final, total_steps)
+        known = {"seed": seed, "batch_size": batch_size}
+        return make_noise(self.kind, **options, **{name: known[name]
+                                                   for name in supplied(self.kind)})
+
+    @classmethod
+    def schema(cls, chosen: str = "none") -> type:
+        """A dataclass with every setting that there is at present, for the command line.
+
+        Where kinds have options of one name, the type is that of the ``chosen`` kind, or any.
+        """
+        takers: dict[str, dict[str, Option]] = {}  # name -> kind -> option
+        for kind in kinds():
+            for name, option in settings_of(kind).items():
+                takers.setdefault(name, {})[kind] = option
+        fields: list[tuple[str, Any, Any]] = [
+            ("kind", Literal[("none", *kinds())], dataclasses.field(default="none"))]
+        fields += [(name, _hint(options, chosen), dataclasses.field(default=None))
+                   for name, options in takers.items()]
+        made = dataclasses.make_dataclass(cls.__name__, fields, frozen=True)
+        about = "; ".join(f"{kind}: {summary(find(kind)).rstrip('.')}" for kind in kinds())
+        made.__doc__ = "\n".join([
+            (cls.__doc__ or "").split("\n")[0], "", "Args:", f"    kind: {about}.",
+            *(f"    {name}: {_explained(options)}" for name, options in takers.items())])
+        return made
+
+
+def settings_of(kind: str) -> dict[str, Option]:
+    """The options of a kind, and ``final`` where it has schedules."""
+    found = noise_options(kind)
+    if names := [name for name, option in found.items() if option.schedule]:
+        found["final"] = Option(float, None, f"the value of {'/'.join(names)} at the end of the "
+                                "run, reached linearly; default: it stays the same.")
+    return found
+
+
+def _hint(options: dict[str, Option], chosen: str) -> Any:
+    """The type of an option, or null. Text comes last: it would take a number too."""
+    hints = [options[chosen].hint] if chosen in options else \
+        sorted((option.hint for option in options.values()), key=lambda hint: "str" in str(hint))
+    return functools.reduce(operator.or_, hints) | None
+
+
+def _explained(options: dict[str, Option]) -> str:
+    """The texts of an option, and which kinds take it."""
+    takers: dict[str, list[str]] = {}
+    for kind, option in options.items():
+        default = "" if option.default in (REQUIRED, None) else f"; default: {option.default}"
+        takers.setdefault(option.text.rstrip(".") + default, []).append(kind)
+    return "; ".join(f"of {' and '.join(names)}: {text}" for text, names in takers.items()) + "."
+
+
+def _linear(start: float, end: float, steps: int) -> Callable[[int], float]:
+    return lambda step: start + (end - start) * min(1.0, step / max(1, steps))

@@ -1,0 +1,183 @@
+"""The settings of the noise: what a registered noise declares is a flag, a key and an attribute."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+import re
+from pathlib import Path
+from typing import Any, Iterator
+
+import pytest
+import yaml
+
+from hvdnoise import GNC, register_covariance, register_noise
+from hvdnoise.noise import Noise
+from hvdnoise.noise.base import Schedule
+from hvdnoise.noise.emulated import EmulatedBatchNoise
+from hvdnoise.training.config import ConfigError, NoiseConfig, TrainConfig, flatten, nested
+from hvdnoise.training.options import parse
+from tests.noises import forgotten_afterwards
+
+OLD_KEYS = {f"noise.{name}" for name in ("kind", "source", "radius", "lr", "relative", "final",
+                                         "lag", "structure", "emulated_batch")}
+
+
+class Made(Noise):
+    """Some noise.
+
+    Args:
+        height: how high; 100% is usual.
+        source: where it comes from.
+        sharp: whether it is.
+        parts: some numbers.
+    """
+
+    def __init__(self, height: Schedule, source: int = 3, *, sharp: bool = False,
+                 parts: list[int] | None = None, seed: int = 0, batch_size: int = 0) -> None:
+        super().__init__(seed=seed)
+        self.told = {"height": height, "source": source, "sharp": sharp, "parts": parts,
+                     "batch_size": batch_size}
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    with forgotten_afterwards():
+        register_noise("made", Made)
+        yield
+
+
+def settings(*flags: str) -> NoiseConfig:
+    return parse(TrainConfig, flags, program="hvdnoise train").noise
+
+
+def told(config: NoiseConfig, **options: Any) -> Any:
+    noise = config.build(**{"seed": 5, "batch_size": 4, "total_steps": 10, **options})
+    assert isinstance(noise, Made) and noise.seed == 5
+    return noise.told
+
+
+def test_flags_and_files_reach_the_constructor(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("noise: {kind: made, height: 2, source: 7, parts: [1, 2]}\n")
+    config = settings("--config", str(path), "--noise.sharp", "--noise.source", "8")
+    assert config == NoiseConfig("made", height=2.0, source=8, sharp=True, parts=[1, 2])
+    assert told(config) == {"height": 2.0, "source": 8, "sharp": True, "parts": (1, 2),
+                            "batch_size": 4}
+    assert told(settings("--noise.kind", "made", "--noise.height", "1"))["source"] == 3
+
+
+def test_a_schedule_reaches_its_final_value() -> None:
+    config = settings("--noise.kind", "made", "--noise.height", "1", "--noise.final", "0")
+    assert [told(config)["height"](step) for step in (0, 5, 10, 20)] == [1, 0.5, 0, 0]
+    assert told(NoiseConfig("made", height=2.0))["height"] == 2.0
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--noise.kind mad", "noise.kind=mad is wrong: give one of none, gnc, covariance, made"),
+    ("--noise.hight 1", "unknown --noise.hight 1: did you mean noise.height"),
+    ("--noise.height high", "noise.height=high is wrong: give a number or null"),
+    ("--noise.source 1.5 --noise.kind made --noise.height 1", "noise.source=1.5 is wrong: give a "
+                                                              "whole number"),
+    ("--noise.height 1", "noise.height=1.0 does not go with noise.kind=none, which takes no "
+                         "options"),
+    ("--noise.kind gnc --noise.height 1", "noise.height=1.0 does not go with noise.kind=gnc, which "
+                                          "takes radius, lr, relative, source, lag, final"),
+    ("--noise.kind made --noise.radius 1", "noise.radius=1.0 does not go with noise.kind=made, "
+                                           "which takes height, source, sharp, parts, final"),
+    ("--noise.kind made --noise.height 1 --noise.final -1", "noise.final=-1.0 must be a finite"),
+    ("--noise.kind made", "noise.kind=made needs noise.height"),
+])
+def test_mistakes_are_one_line(flags: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        settings(*flags.split()).build(seed=0, batch_size=1, total_steps=1)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_help_explains_every_option_and_who_takes_it(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        settings("--help")
+    said = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for text in ("gnc: Displace each worker's weights by gradient noise", "made: Some noise.",
+                 "--noise.height HEIGHT of made: how high; 100% is usual. (type: float",
+                 "of made: where it comes from; default: 3. (type: ",
+                 "--noise.final FINAL of gnc: the value of radius/lr/relative at the end of the "
+                 "run, reached linearly; default: it stays the same; of made: the value of height",
+                 "of covariance: M, the batch whose noise"):
+        assert text in said, text
+
+
+def test_options_are_attributes_and_only_options_are() -> None:
+    config = NoiseConfig("made", height=1.0)
+    assert config.height == 1.0 and config.sharp is None and config.radius is None
+    assert config.final is None and config.emulated_batch is None
+    for name in ("hight", "_given", "__len__"):
+        with pytest.raises(AttributeError, match=name):
+            getattr(config, name)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.height = 2.0  # type: ignore[misc]
+
+
+def test_it_is_a_value() -> None:
+    config = NoiseConfig("made", height=1.0, parts=[1, 2])
+    assert config == NoiseConfig("made", {"parts": (1, 2)}, height=1.0, sharp=None)
+    assert hash(config) == hash(NoiseConfig("made", parts=[1, 2], height=1.0))
+    assert config != NoiseConfig("made", height=1.0) and config != NoiseConfig()
+    assert eval(repr(config)) == config and repr(NoiseConfig()) == "NoiseConfig(kind='none')"
+    for again in (pickle.loads(pickle.dumps(config)), copy.copy(config), copy.deepcopy(config),
+                  dataclasses.replace(config)):
+        assert again == config and again is not config
+    assert dataclasses.replace(config, height=3.0) == NoiseConfig("made", height=3.0, parts=[1, 2])
+    assert dataclasses.replace(config, parts=None) == NoiseConfig("made", height=1.0)
+    run = dataclasses.replace(TrainConfig(), noise=config)
+    assert run.noise is config and pickle.loads(pickle.dumps(run)) == run
+    with pytest.raises(ConfigError, match="noise.kind=other is wrong"):
+        NoiseConfig("other")
+
+
+def test_flat_settings_have_the_keys_that_checkpoints_have() -> None:
+    def keys(config: NoiseConfig) -> set[str]:
+        flat = flatten(dataclasses.replace(TrainConfig(), noise=config))
+        return {key for key in flat if key.startswith("noise.")}
+    for config in (NoiseConfig(), NoiseConfig("gnc", radius=1.0),
+                   NoiseConfig("covariance", emulated_batch=3)):
+        assert keys(config) == OLD_KEYS
+    assert keys(NoiseConfig("made", height=1.0)) - OLD_KEYS == {
+        "noise.height", "noise.sharp", "noise.parts"}
+
+
+def test_what_a_run_writes_is_what_it_reads(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    for config in (NoiseConfig(), NoiseConfig("made", height=1.0, parts=[1], sharp=True),
+                   NoiseConfig("gnc", lr=2.0, lag=2, final=1.0)):
+        path.write_text(yaml.safe_dump(nested(dataclasses.replace(TrainConfig(), noise=config))))
+        assert settings("--config", str(path)) == config
+
+
+def test_options_of_a_covariance_are_flags() -> None:
+    @register_covariance("low-rank", "workers")
+    class LowRank(EmulatedBatchNoise):
+        """Args of its own.
+
+        Args:
+            rank: how many directions.
+        """
+
+        def __init__(self, emulated_batch: int, *, rank: int = 3, **options: Any) -> None:
+            super().__init__(emulated_batch, **options)
+            self.rank = rank
+    flags = ["--noise.kind", "covariance", "--noise.emulated_batch", "2", "--noise.rank", "5"]
+    noise = settings(*flags, "--noise.structure", "low-rank").build(seed=1, batch_size=4,
+                                                                    total_steps=1)
+    assert isinstance(noise, LowRank) and (noise.rank, noise.batch_size) == (5, 4)
+    with pytest.raises(ValueError, match="rank=5 does not go with structure='full'"):
+        settings(*flags).build(seed=1, batch_size=4, total_steps=1)
+
+
+def test_gnc_as_ever() -> None:
+    noise = settings("--noise.kind", "gnc", "--noise.lr", "2", "--noise.source", "gathered",
+                     "--noise.lag", "2").build(seed=9, batch_size=4, total_steps=1)
+    assert isinstance(noise, GNC)
+    assert (noise.scale, noise.size, noise.source, noise.lag, noise.seed) == (
+        "lr", 2.0, "gathered", 2, 9)
