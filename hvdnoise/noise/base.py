@@ -44,9 +44,9 @@ class StepContext:
         num_workers: W, of all ranks.
         workers: the indices, among the W, of this rank's workers.
         examples_per_worker: b; 0 where it is not known.
-        state: what the noise keeps, tensors and numbers by names of its choice (`Bucket.key` for
-            what belongs to a bucket). What is set here counts once the step is taken. Set a new
-            tensor; do not change one in place. It starts anew where the buckets change.
+        state: what the noise keeps, tensors and numbers by names of its choice; a tensor that
+            belongs to a bucket by `Bucket.key`. What is set here counts once the step is taken.
+            Set a new tensor; do not change one in place. It starts anew where the buckets change.
     """
 
     step: int

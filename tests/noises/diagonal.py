@@ -43,10 +43,11 @@ class Diagonal(EmulatedBatchNoise, MeanNoise, ObservingNoise):
 
     def mean_noise(self, bucket: Bucket, observation: Observation, context: StepContext) -> Tensor:
         squares_N = observation.statistics[bucket.index]
-        before_N, weight = context.state.get(bucket.key, (squares_N, 0.0))
+        before_N = context.state.get(bucket.key, squares_N)
+        weight = context.state.get(f"{bucket.key} weight", 0.0)
         weight = weight * self.decay + (1 - self.decay)  # of all squares so far: 1 - decay^t
         mean_N = before_N.lerp(squares_N, (1 - self.decay) / weight)
-        context.state[bucket.key] = mean_N, weight
+        context.state[bucket.key], context.state[f"{bucket.key} weight"] = mean_N, weight
         factor = self.examples(context) / (context.num_workers - 1) * self.missing_variance(context)
         noise_N = streams.normal(bucket.size, self.seed, "diagonal", context.step, bucket.index,
                                  device=bucket.device, dtype=bucket.dtype)

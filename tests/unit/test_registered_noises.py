@@ -1,0 +1,153 @@
+"""Noises that are defined outside the package, one of each kind, against dense formulas.
+
+A new noise joins by an entry in `EXPECTED`: what follows from ranks and virtual workers, plans,
+checkpoints and dropped steps is then tested for it, too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hvdnoise import make_noise, streams
+from hvdnoise.plans import PLANS
+from tests import reference
+from tests.fake_world import ThreadWorld, run_threads
+from tests.noises import diagonal, others  # noqa: F401: they register themselves
+from tests.toys import Dense, batch, build, losses, relative_error, train, vector
+
+W, B, M, STEPS = 4, 4, 5, 4
+Array = reference.Array
+
+
+def diagonal_run(dense: Dense) -> None:
+    mean_P, weight = 0.0, 0.0
+    for step in range(STEPS):
+        gradients_WP = dense.worker_gradients(step)
+        squares_P = (reference.deviations(gradients_WP) ** 2).sum(axis=0)
+        mean_P, weight = 0.7 * mean_P + 0.3 * squares_P, 0.7 * weight + 0.3
+        variance_P = (1 / M - 1 / (W * B)) * B / (W - 1) * mean_P / weight
+        normals_P = dense.normals("diagonal", step, seed=3)
+        dense.update(gradients_WP.mean(axis=0) + np.sqrt(variance_P) * normals_P)
+
+
+def one_worker_run(dense: Dense) -> None:
+    for step in range(STEPS):
+        chosen = int(streams.normal(W, 3, "one-worker", step).argmax())
+        dense.update(dense.worker_gradients(step)[chosen])
+
+
+def half_run(dense: Dense) -> None:
+    for step in range(STEPS):
+        total_P = 0.0
+        for worker in range(W):
+            coin = int(streams.normal(1, 3, "half", step, worker, 0) > 0)
+            x, y = batch(step, worker, B)
+            total_P = total_P + dense.gradient(dense.theta_P, x[coin::2], y[coin::2]) / W
+        dense.update(total_P)  # type: ignore[arg-type]
+
+
+def displaced_run(dense: Dense, form: Callable[[Array], Array]) -> None:
+    displacements_WP: Any = 0.0
+    for step in range(STEPS):
+        gradients_WP = dense.worker_gradients(step, displacements_WP)
+        displacements_WP = form(reference.deviations(gradients_WP))
+        dense.update(gradients_WP.mean(axis=0))
+
+
+EXPECTED: dict[str, tuple[dict[str, Any], Callable[[Dense], None]]] = {
+    "diagonal-example": ({"emulated_batch": M, "decay": 0.7}, diagonal_run),
+    "one-worker-example": ({}, one_worker_run),
+    "half-example": ({}, half_run),
+    "uphill-example": ({"size": 0.3}, lambda dense: displaced_run(
+        dense, lambda d_WP: 0.3 * d_WP / np.abs(d_WP).sum())),
+    "neighbour-example": ({"size": 0.3}, lambda dense: displaced_run(
+        dense, lambda d_WP: 0.3 * np.roll(d_WP, -1, axis=0))),
+}
+
+
+def make(kind: str) -> Any:
+    return make_noise(kind, **EXPECTED[kind][0], seed=3)
+
+
+def run(kind: str, ranks: int, **options: Any) -> Tensor:
+    """(P,): the weights after the steps, equal on all ranks."""
+    def work(world: ThreadWorld) -> Tensor:
+        model, optimizer = build(world, make(kind), V=W // ranks, **options)
+        train(model, optimizer, STEPS, b=B)
+        return vector(model.parameters())
+    weights = run_threads(ranks, work)
+    assert all(torch.equal(weights[0], each) for each in weights)
+    return weights[0]
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_it_is_its_formula_whatever_the_ranks(kind: str) -> None:
+    dense = Dense(W, b=B)
+    start = dense.theta_P
+    EXPECTED[kind][1](dense)
+    for ranks in (1, 2, 4):
+        assert relative_error(run(kind, ranks) - torch.from_numpy(start),
+                              dense.theta_P - start) < 1e-9, ranks
+
+
+@pytest.mark.parametrize("plan", [name for name, plan in PLANS.items() if plan.all_workers])
+def test_mixtures_by_every_plan(plan: str) -> None:
+    dense = Dense(W, b=B)
+    EXPECTED["neighbour-example"][1](dense)
+    for ranks in (2, 4):
+        weights = run("neighbour-example", ranks, exchange=plan, bucket_bytes=100)
+        assert relative_error(weights, dense.theta_P) < 1e-9
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_a_dropped_step_and_a_resumed_run_change_nothing(kind: str) -> None:
+    def work(world: ThreadWorld) -> tuple[Tensor, Tensor]:
+        model, optimizer = build(world, make(kind), V=2)
+        train(model, optimizer, STEPS, b=B)
+        through = vector(model.parameters())
+        model, optimizer = build(world, make(kind), V=2)
+        train(model, optimizer, 2, b=B)
+        for worker in optimizer.workers:  # a step that nobody takes
+            x, y = batch(9, worker, B)
+            optimizer.weigh(losses(model(x), y)).backward()
+        optimizer.zero_grad()
+        weights, state = model.state_dict(), optimizer.state_dict()
+        model, optimizer = build(world, make(kind), V=2)
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+        train(model, optimizer, STEPS - 2, b=B, first=2)
+        return through, vector(model.parameters())
+    for through, resumed in run_threads(2, work):
+        assert torch.equal(through, resumed)
+
+
+def test_a_checkpoint_holds_the_running_mean_and_nothing_more() -> None:
+    def work(world: ThreadWorld) -> Any:
+        model, optimizer = build(world, make("diagonal-example"), V=2)
+        train(model, optimizer, 2, b=B)
+        return optimizer.state_dict()["hvdnoise"], optimizer.noise_memory
+    (state, memory), _ = run_threads(2, work)
+    P = Dense(W).theta_P.size
+    assert state["seen"] == []
+    mean_P, weight = state["kept"]["values"].values()
+    assert mean_P.shape == (P,) and weight == pytest.approx(1 - 0.7 ** 2)
+    assert memory == 2 * P * 8 + P * 8  # the rows, and the sums
+
+
+def test_a_running_mean_of_other_parameters_is_refused() -> None:
+    def work(world: ThreadWorld) -> None:
+        model, optimizer = build(world, make("diagonal-example"), V=2)
+        train(model, optimizer, 1, b=B)
+        other = build(world, make("diagonal-example"), V=2, bucket_bytes=100)[1]
+        with pytest.raises(ValueError, match="same bucket_bytes"):
+            other.load_state_dict(optimizer.state_dict())
+        other = build(world, make_noise("covariance", structure="isotropic", emulated_batch=M),
+                      V=2)[1]
+        with pytest.raises(ValueError, match="another noise"):
+            other.load_state_dict(optimizer.state_dict())
+    run_threads(2, work)
