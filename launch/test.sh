@@ -1,8 +1,20 @@
 #!/usr/bin/env bash
-# Checks the whole repository: set-up, style, types, tests. Further options go
-# to pytest, for instance: launch/test.sh tests/unit -k noise
+# Checks the whole repository: set-up, style, types, API reference, tests.
+#
+#     launch/test.sh [--quick] [PYTEST OPTION]...
+#
+#   --quick   without the reference and of the tests those alone that are quick
+#             and start no ranks: under 2 minutes. It comes first.
+#
+# Further options go to pytest, for instance: launch/test.sh tests/unit -k noise
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+quick=''
+if [[ ${1-} == --quick ]]; then
+    quick=1
+    shift
+fi
 
 launch/setup.sh
 
@@ -25,7 +37,13 @@ code=(hvdnoise tests)
 check flake8 120 .venv/bin/python -m flake8 "${code[@]}"
 check isort 120 .venv/bin/python -m isort --check --diff "${code[@]}"
 check mypy 600 .venv/bin/python -m mypy hvdnoise
-check pytest 4500 .venv/bin/python -m pytest "$@"
+if [[ $quick ]]; then # -o testpaths: paths among the further options take its place
+    check pytest 600 .venv/bin/python -m pytest -o testpaths=tests/unit \
+        -m 'not (parallel or slow or gpu or namespaces or containers or slurm)' "$@"
+else
+    check docs 600 .venv/bin/python -m tests.api_docs
+    check pytest 4500 .venv/bin/python -m pytest "$@"
+fi
 
 printf '\n'
 printf '%s\n' "${results[@]}"

@@ -60,6 +60,7 @@ def all_displacements(make: Any, size: int, steps: int, **options: Any) -> torch
     return everyone[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source, size", [("gathered", 1), ("gathered", 2), ("isotropic", 1)])
 def test_displacements_of_all_workers(source: str, size: int) -> None:
     """Each worker's law, and that workers are independent: one vector of W*P numbers a step."""
@@ -74,6 +75,7 @@ def test_displacements_of_all_workers(source: str, size: int) -> None:
     assert_normal(samples.flatten(1), np.kron(np.eye(W), covariance_PP), source)
 
 
+@pytest.mark.slow
 def test_successive_displacements_are_independent() -> None:
     """Two steps as one vector; for the gathered noise the numbers are drawn a step earlier."""
     deviations_WP = reference.deviations(examples().mean(dim=1))
@@ -83,6 +85,7 @@ def test_successive_displacements_are_independent() -> None:
     assert_normal(samples[:, 0].reshape(-1, 2 * P), np.kron(np.eye(2), covariance_PP))
 
 
+@pytest.mark.slow
 def test_seeds_are_independent_too() -> None:
     deviations_WP = reference.deviations(examples().mean(dim=1))
     covariance_PP = reference.gnc_gathered_covariance(
@@ -102,6 +105,7 @@ def noise_on_the_gradient(make: Any, size: int) -> torch.Tensor:
     return everyone[0] - examples().mean(dim=(0, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("structure", ["full", "isotropic"])
 def test_worker_covariance(structure: str, size: int) -> None:
@@ -110,6 +114,7 @@ def test_worker_covariance(structure: str, size: int) -> None:
     assert_normal(noise, reference.noise_covariance(structure, covariance_PP, W * B_WORKER, M))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_example_covariance(size: int) -> None:
     second_PP = reference.example_second_moment(examples().flatten(0, 1))
@@ -152,6 +157,7 @@ def pulls() -> torch.Tensor:
     return torch.stack([a, a], dim=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure, momentum", [("full", 0.0), ("full", 0.6),
                                                  ("isotropic", 0.0)])
 def test_second_moments_on_a_quadratic(structure: str, momentum: float) -> None:

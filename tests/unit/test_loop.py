@@ -20,6 +20,8 @@ from hvdnoise.training.validation import validate
 from hvdnoise.world import handshake
 from tests.fake_world import ThreadWorld, run_threads
 
+pytestmark = pytest.mark.slow  # many seconds in all
+
 TINY = ["--data.dataset", "synthetic", "--data.num_examples", "48", "--data.image_size", "8",
         "--data.batch_size", "4", "--virtual_workers", "2", "--epochs", "2", "--log_every", "2",
         "--tensorboard", "false", "--progress", "none", "--optim.lr", "0.05"]

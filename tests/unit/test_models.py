@@ -102,6 +102,7 @@ def test_names_lists_ours_and_torchvisions() -> None:
     assert {"small-cnn", "resnet110", "vgg16-bn", "resnet18", "convnext_tiny"} <= names
 
 
+@pytest.mark.slow
 def test_torchvision_is_imported_late() -> None:
     """The data and the models of ours need no torchvision."""
     program = ("import sys; from hvdnoise.training import data, models;"

@@ -14,6 +14,8 @@ from hvdnoise import GNC, CovarianceNoise
 from tests.fake_world import ThreadWorld, run_threads
 from tests.toys import batch, build, losses, seen, train, vector
 
+pytestmark = pytest.mark.slow  # many seconds in all
+
 NOISES: dict[str, Any] = {
     "own": lambda: GNC(0.4), "gathered": lambda: GNC(0.4, source="gathered"),
     "gathered-lr": lambda: GNC(lr=2.0, source="gathered", seed=4),

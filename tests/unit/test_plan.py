@@ -29,6 +29,8 @@ from hvdnoise.training.options import parse
 from tests import mpijob
 from tests.fake_world import run_threads
 
+pytestmark = pytest.mark.slow  # many seconds in all
+
 ROOT = Path(__file__).resolve().parents[2]
 SYNTHETIC = ["--data.dataset", "synthetic", "--data.num_examples", "200", "--data.image_size", "8",
              "--data.batch_size", "4"]

@@ -26,7 +26,8 @@ SHAPES = [(2, 1), (3, 1), (2, 2), (4, 2), (7, 1)]
 
 
 @pytest.mark.parametrize("lag", [1, 0, 2])
-@pytest.mark.parametrize("size, V", SHAPES)
+@pytest.mark.parametrize("size, V", [
+    pytest.param(*each, marks=pytest.mark.slow) if each[0] > 2 else each for each in SHAPES])
 @pytest.mark.parametrize("plan", SAME)
 def test_plans_give_the_dense_formula(plan: str, size: int, V: int, lag: int) -> None:
     for scale in ("radius", "lr", "relative"):
@@ -84,6 +85,7 @@ def test_gradients_that_are_not_finite_leave_no_trace(plan: str) -> None:
 
 # ---- plans that change the law or the numbers
 
+@pytest.mark.slow
 def test_groups_mix_the_deviations_of_their_own_workers() -> None:
     """delta_i ~ N(0, s^2 D_g'D_g / (k-1)), independent, with s from the deviations of all."""
     gradients_WP = laws.examples().mean(dim=1)
@@ -291,6 +293,7 @@ def cost(size: int, plan: str, precision: str = "fp32") -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("size", [2, 4, 8, 64])
+@pytest.mark.slow
 def test_bytes_and_memory_do_not_grow_with_the_workers(size: int) -> None:
     """allreduce: 2 P; transpose: 3 P, and 1.5 allreduces, for any number of workers."""
     shape = Shape(1, size, itemsize=1)

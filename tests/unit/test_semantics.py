@@ -49,6 +49,7 @@ def few_objects() -> Iterator[None]:
     gc.unfreeze()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the gradient of:UserWarning")  # from weights without noise
 @pytest.mark.parametrize("name", FAMILIES)
 def test_random_programs(name: str) -> None:
@@ -68,6 +69,7 @@ def test_random_programs(name: str) -> None:
     CENSUS[name] = found
 
 
+@pytest.mark.slow
 def test_random_programs_have_everything() -> None:
     """Every operation, every variant and every error; else they would show little."""
     if len(CENSUS) < len(FAMILIES):

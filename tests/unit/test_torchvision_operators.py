@@ -14,6 +14,7 @@ import pytest
 
 from tests.launcher import ROOT
 
+pytestmark = pytest.mark.slow  # every test starts Python
 FILE = ROOT / "launch" / "torchvision_operators.py"
 
 
