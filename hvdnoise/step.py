@@ -168,10 +168,9 @@ class StepRunner:
             self._check_untouched()
         self._under_way, self._broken = False, True  # unless it comes to its end
         self._order.announce(noise.world, self)
-        examples = noise.examples()
         exchange.wait_for_means()
         exchange.hand_out()  # into p.grad
-        exchange.share(examples)  # what the noise observed, and will need
+        exchange.share(noise.examples())  # sum up what the noise observed
         noise.add_to_mean(exchange)
         noise.measure_norms(exchange)
         self._broken, self.reduced = False, True
