@@ -18,6 +18,7 @@ from hvdnoise import comm
 from hvdnoise.bench.config import BenchConfig
 from hvdnoise.bench.models import Problem
 from hvdnoise.bench.variants import Variant
+from hvdnoise.buckets import build_layout, default_bucket_bytes
 from hvdnoise.optimizer import DistributedOptimizer
 from hvdnoise.plans import PLAIN
 from hvdnoise.wrapping import Wrapper
@@ -38,11 +39,15 @@ class Runner:
     def facts(self, ranks: int, group_size: int) -> dict[str, Any]:
         """What it says of itself, and what the plan says of it. Bytes per step."""
         plan = getattr(self.optimizer, "exchange_plan", PLAIN.name)
-        numbers = sum(p.numel() for p in self.model.parameters())
+        named, noise = list(self.model.named_parameters()), getattr(self.optimizer, "noise", None)
+        layout = build_layout(named, bucket_bytes=default_bucket_bytes(sum(
+            p.nbytes for _, p in named)))
+        summed = noise.statistics_bytes(layout) if noise is not None else 0
         return {"name": self.variant.name, "plan": plan,
                 "reason": getattr(self.optimizer, "exchange_reason", ""),
                 "noise_memory": getattr(self.optimizer, "noise_memory", None),
-                "predicted_bytes": self.variant.predicted_bytes(plan, numbers, ranks, group_size)}
+                "predicted_bytes": self.variant.predicted_bytes(plan, layout.numbers, ranks,
+                                                                group_size, summed)}
 
     def settle(self) -> None:
         """See to it that what this rank has under way goes on to its end. Collective."""

@@ -2,7 +2,7 @@
 
 comm:25M is a model of pure communication: P float32 numbers in layers of about a million, whose
 backward delivers preset gradients. It costs one multiplication per number and what sleeping is
-asked for: ``compute_ms`` a step, a third of it spread over the layers of forward and two thirds over
+asked for: ``compute_ms`` a step, a third of it over the layers of forward and two thirds over
 those of backward. The CPU is idle meanwhile, as it is beside a GPU, so that communication can
 overlap with computation as it does there. (Where there is a real GPU, the host sleeps too.)
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hvdnoise.exchange_plan import PRECISIONS, Shape
@@ -107,14 +107,16 @@ class Variant:
                                                      ("noise_precision", self.precision, "fp32"))
                 if value != usual}
 
-    def predicted_bytes(self, plan: str, numbers: int, ranks: int, group_size: int) -> float:
+    def predicted_bytes(self, plan: str, numbers: int, ranks: int, group_size: int,
+                        statistics_bytes: int = 0) -> float:
         """Bytes that a rank receives in a step under a plan of `hvdnoise.plans`.
 
         The first pass of lag 0 costs an exchange of its own.
         """
         shape = Shape(numbers, ranks, precision=self.precision, group_size=group_size)
         again = PLAIN.bytes_received(shape) if self.lag == 0 or "lag=0" in self.given else 0.0
-        return PLANS[plan].bytes_received(shape) + again
+        once = replace(shape, statistics_bytes=statistics_bytes)
+        return PLANS[plan].bytes_received(once) + again
 
 
 def parse(name: str) -> Variant:

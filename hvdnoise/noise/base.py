@@ -70,22 +70,12 @@ class Statistics:
     per_parameter: int = 0
     elementwise: bool = False
 
-    def size(self, *, numbers: int, parameters: int, buckets: int = 1) -> int:
-        """How many they are."""
+    def new(self, bucket: Bucket, device: torch.device | str | None = None) -> Tensor:
+        """Zeros for one bucket, on its device or another."""
+        size, dtype = self.per_bucket + self.per_parameter * len(bucket.sizes), torch.float64
         if self.elementwise:
-            return numbers
-        return self.per_bucket * buckets + self.per_parameter * parameters
-
-    def itemsize(self, of_gradients: int = 4) -> int:
-        """Bytes of each, for gradients of so many bytes a number."""
-        return max(4, of_gradients) if self.elementwise else 8
-
-    def new(self, bucket: Bucket) -> Tensor:
-        """Zeros for one bucket."""
-        dtype = torch.promote_types(bucket.dtype, torch.float32) if self.elementwise \
-            else torch.float64
-        size = self.size(numbers=bucket.size, parameters=len(bucket.sizes))
-        return torch.zeros(size, dtype=dtype, device=bucket.device)
+            size, dtype = bucket.size, torch.promote_types(bucket.dtype, torch.float32)
+        return torch.zeros(size, dtype=dtype, device=device or bucket.device)
 
 
 @dataclass
@@ -137,6 +127,12 @@ class Noise(ABC):
     def mixes(self) -> bool:
         """Whether it needs mixtures of all workers' deviations."""
         return self.rows == "mixtures"
+
+    def statistics_bytes(self, layout: Layout) -> int:
+        """Bytes that are summed over the ranks in a step: statistics, and a count of examples."""
+        if self.statistics is None:
+            return 0
+        return 8 + sum(self.statistics.new(bucket, "meta").nbytes for bucket in layout.buckets)
 
     def describe(self) -> dict[str, Any]:
         """What must be equal on all ranks."""

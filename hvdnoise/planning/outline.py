@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hvdnoise.buckets import Layout, build_layout, default_bucket_bytes
 from hvdnoise.exchange_plan import Shape
 from hvdnoise.planning.config import PlanConfig
 from hvdnoise.plans import Choice, choose
@@ -36,6 +37,7 @@ class Outline:
         steps_per_epoch: optimizer steps.
         total_steps: of the whole run.
         parameters: P, trainable numbers of 4 bytes.
+        statistics_bytes: of the noise's statistics, which are summed over the ranks in a step.
         mixes: whether the noise mixes the deviations of all workers.
         plan: of the exchange, as DistributedOptimizer will take it.
     """
@@ -49,6 +51,7 @@ class Outline:
     steps_per_epoch: int
     total_steps: int
     parameters: int
+    statistics_bytes: int
     mixes: bool
     plan: Choice
 
@@ -79,21 +82,23 @@ def _outline(config: PlanConfig) -> Outline:
     per_epoch = steps_per_epoch(examples, workers, batch)
     total = max(1, round(config.epochs * per_epoch))
     peak = peak_rate(config.optim.lr, config.lr, workers * batch)
-    parameters = count_parameters(config.model, classes, image_shape)
+    layout = model_layout(config.model, classes, image_shape)
     noise = config.noise.build(seed=config.seed, batch_size=batch, total_steps=total)
     mixes = noise is not None and noise.mixes
-    plan = choose(config.exchange, shape(config, parameters), mixes=mixes,
+    plan = choose(config.exchange, shape(config, layout.numbers), mixes=mixes,
                   local_size=config.ranks_per_host)
     return Outline(ranks, workers, batch, examples,
                    rate(0, peak, config.lr, steps_per_epoch=per_epoch, epochs=config.epochs),
-                   peak, per_epoch, total, parameters, mixes, plan)
+                   peak, per_epoch, total, layout.numbers,
+                   noise.statistics_bytes(layout) if noise is not None else 0, mixes, plan)
 
 
-def shape(config: PlanConfig, parameters: int) -> Shape:
+def shape(config: PlanConfig, parameters: int, statistics_bytes: int = 0) -> Shape:
     """What the exchange's cost depends on, in the precision of the settings."""
     return Shape(parameters, config.ranks, config.virtual_workers,
                  precision=config.noise_precision,
-                 group_size=config.group_size(config.ranks_per_host) or config.ranks_per_host)
+                 group_size=config.group_size(config.ranks_per_host) or config.ranks_per_host,
+                 statistics_bytes=statistics_bytes)
 
 
 def facts(config: PlanConfig) -> tuple[int, int, tuple[int, int, int]]:
@@ -134,8 +139,8 @@ def _folder(config: PlanConfig) -> tuple[int, int]:
     return config.examples or len(found.samples), config.classes or len(found.classes)
 
 
-def count_parameters(model: str, classes: int, image_shape: tuple[int, int, int]) -> int:
-    """P, the trainable numbers of a model, which is built without storage where it can be.
+def model_layout(model: str, classes: int, image_shape: tuple[int, int, int]) -> Layout:
+    """The buckets of a model's parameters; it is built without storage where it can be.
 
     Raises:
         ValueError: when there is no such model, or it cannot take such images.
@@ -145,4 +150,5 @@ def count_parameters(model: str, classes: int, image_shape: tuple[int, int, int]
             built = models.build(model, classes, image_shape)
     except ValueError:  # some of torchvision's look at their numbers; or it is a real misfit
         built = models.build(model, classes, image_shape)
-    return sum(p.numel() for p in built.parameters() if p.requires_grad)
+    named = list(built.named_parameters())
+    return build_layout(named, bucket_bytes=default_bucket_bytes(sum(p.nbytes for _, p in named)))

@@ -56,7 +56,7 @@ def cluster(config: PlanConfig) -> Cluster:
 def predict(config: PlanConfig, run: Outline) -> list[Prediction]:
     """All plans at the lags 1 and 2, and 0 where that is configured."""
     lags = (0, 1, 2) if _lag(config) == 0 else (1, 2)
-    return predict_all(shape(config, run.parameters), cluster(config), lags)
+    return predict_all(shape(config, run.parameters, run.statistics_bytes), cluster(config), lags)
 
 
 # ---------------------------------------------------------------------- JSON
@@ -130,7 +130,10 @@ def _noise(config: PlanConfig, run: Outline) -> str:
     name = " ".join([noise.kind, *details])
     if run.mixes:
         return f"{name}, lag {_lag(config)}"
-    return f"{name}: it needs no exchange, the allreduce of the gradients is all that travels"
+    summed = f" and {run.statistics_bytes / _MB:.4g} MB of statistics" \
+        if run.statistics_bytes else ""
+    return (f"{name}: it needs no exchange, the allreduce of the gradients{summed} is all that "
+            "travels")
 
 
 def _lag(config: PlanConfig) -> int:

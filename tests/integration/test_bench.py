@@ -47,7 +47,8 @@ def test_gloo_bytes_memory_and_weights(tmp_path: Path) -> None:
     for name in names:
         least = min(own[name]["interface_bytes"])
         assert least == pytest.approx(own[name]["predicted_bytes"], rel=0.05), name
-    assert own["gathered:allgather"]["predicted_bytes"] == 2 * own["plain"]["predicted_bytes"]
+    assert own["gathered:allgather"]["predicted_bytes"] == pytest.approx(
+        2 * own["plain"]["predicted_bytes"], rel=1e-3)  # and the statistics
     # the same steps from the same weights
     for name in ("none", "ddp"):
         assert own[name]["distance_from_plain"] < 1e-5 * own["plain"]["distance_moved"], name

@@ -20,7 +20,7 @@ from hvdnoise.cli import main
 from hvdnoise.exchange_plan import Shape
 from hvdnoise.planning import lines
 from hvdnoise.planning.config import PlanConfig, read
-from hvdnoise.planning.outline import Outline, count_parameters, outline
+from hvdnoise.planning.outline import Outline, model_layout, outline
 from hvdnoise.planning.predict import Cluster, into_host, predict, predict_all, step_seconds
 from hvdnoise.plans import PLAIN, PLANS, choose
 from hvdnoise.training import job, models
@@ -93,7 +93,7 @@ def facts(built: job.Job) -> tuple[Any, ...]:
     ("regnet_y_400mf", (3, 64, 64))])  # the last looks at its numbers: not on the meta device
 def test_parameters_are_counted_without_keeping_them(name: str, shape: Any) -> None:
     built = models.build(name, 7, shape)
-    assert count_parameters(name, 7, shape) == sum(p.numel() for p in built.parameters())
+    assert model_layout(name, 7, shape).numbers == sum(p.numel() for p in built.parameters())
 
 
 def test_an_imagefolder_is_counted_or_described(tmp_path: Path) -> None:

@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 
 from hvdnoise import make_noise, streams
+from hvdnoise.bench import variants
+from hvdnoise.planning.config import read
+from hvdnoise.planning.outline import outline
+from hvdnoise.planning.report import predict
 from hvdnoise.plans import PLANS
 from tests import reference
 from tests.fake_world import ThreadWorld, run_threads
@@ -137,6 +141,17 @@ def test_a_checkpoint_holds_the_running_mean_and_nothing_more() -> None:
     mean_P, weight = state["kept"]["values"].values()
     assert mean_P.shape == (P,) and weight == pytest.approx(1 - 0.7 ** 2)
     assert memory == 2 * P * 8 + P * 8  # the rows, and the sums
+
+
+def test_statistics_count_in_the_plan_and_the_bench() -> None:
+    config, _ = read(["--hosts", "2", "--noise.kind", "diagonal-example",
+                      "--noise.emulated_batch", "4"])
+    run = outline(config)
+    assert run.statistics_bytes == 8 + 4 * run.parameters
+    received = next(each for each in predict(config, run) if each.plan == run.plan.name).received
+    assert received == 4 * run.parameters + run.statistics_bytes  # of 2 ranks
+    variant = variants.parse("diagonal-example")
+    assert variant.predicted_bytes("allreduce", 1000, 2, 1, 4008) == 4000 + 4008
 
 
 def test_a_running_mean_of_other_parameters_is_refused() -> None:
