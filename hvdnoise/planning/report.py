@@ -130,10 +130,9 @@ def _noise(config: PlanConfig, run: Outline) -> str:
     name = " ".join([noise.kind, *details])
     if run.mixes:
         return f"{name}, lag {_lag(config)}"
-    summed = f" and {run.statistics_bytes / _MB:.4g} MB of statistics" \
-        if run.statistics_bytes else ""
-    return (f"{name}: it needs no exchange, the allreduce of the gradients{summed} is all that "
-            "travels")
+    if run.statistics_bytes < run.parameters:
+        return f"{name}: it needs no exchange, the allreduce of the gradients is all that travels"
+    return f"{name}: it needs no exchange but {run.statistics_bytes / _MB:.4g} MB of statistics"
 
 
 def _lag(config: PlanConfig) -> int:

@@ -36,6 +36,7 @@ def parse(kind: type[T], arguments: Sequence[str], *, program: str, positional: 
     Raises:
         ConfigError: for anything that is no right setting by itself.
     """
+    arguments = _with_lists(arguments)
     plugins.load(_plugins(kind, arguments))
     with _one_line_errors(kind):
         arguments = _with_values(kind, arguments)
@@ -110,15 +111,26 @@ def _schema(kind: type, found: Any = None) -> type:
 
 
 def _with_values(kind: type, arguments: Sequence[str]) -> list[str]:
-    """``--flag`` alone means ``--flag true`` where the setting is a bool; plugins are a list."""
+    """``--flag`` alone means ``--flag true`` where the setting is a bool."""
     full: list[str] = []
     bools = _bools(_schema(kind))
     for argument, following in zip(arguments, [*arguments[1:], "--"]):
-        if full and full[-1] == "--plugins" and not argument.startswith(("[", "--")):
-            argument = json.dumps(_listed(argument))
         full.append(argument)
         if argument.removeprefix("--") in bools and following.startswith("--"):
             full.append("true")
+    return full
+
+
+def _with_lists(arguments: Sequence[str]) -> list[str]:
+    """``--plugins a,b`` and ``--plugins=a,b`` mean ``--plugins '["a", "b"]'``."""
+    full: list[str] = []
+    for argument in arguments:
+        if argument.startswith("--plugins="):
+            flag, _, argument = argument.partition("=")
+            full.append(flag)
+        if full and full[-1] == "--plugins" and not argument.startswith(("[", "--")):
+            argument = json.dumps([each.strip() for each in argument.split(",")])
+        full.append(argument)
     return full
 
 
@@ -132,16 +144,12 @@ def _plugins(kind: type, arguments: Sequence[str]) -> list[str]:
         value = value if given else following
         with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
             if flag == "--plugins":
-                found = yaml.safe_load(value) if value.startswith("[") else _listed(value)
+                found = yaml.safe_load(value)
             elif flag == "--config":
                 inside = yaml.safe_load(Path(value).read_text() if Path(value).is_file() else value)
                 found = inside.get("plugins", found) if isinstance(inside, dict) else found
     right = isinstance(found, list) and all(isinstance(each, str) for each in found)
     return found if right else []
-
-
-def _listed(text: str) -> list[str]:
-    return [each.strip() for each in text.split(",") if each.strip()]
 
 
 def _bools(kind: type, prefix: str = "") -> set[str]:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import numpy as np
 import pytest
 import torch
 
+from hvdnoise import register_covariance
 from hvdnoise.bench import measure, models, report, variants
 from hvdnoise.bench.config import BenchConfig, validate
 from hvdnoise.bench.variants import SETS, Variant, names, parse
 from hvdnoise.exchange_plan import Shape
 from hvdnoise.noise import GNC
 from hvdnoise.noise.base import ExampleNoise, MeanNoise, WorkerNoise
+from hvdnoise.noise.emulated import EmulatedBatchNoise
 from hvdnoise.plans import PLAIN
+from hvdnoise.training import plugins
 from hvdnoise.training.config import ConfigError
+from hvdnoise.training.options import parse as parse_settings
+from tests.noises import forgotten_afterwards
 
 CPU = torch.device("cpu")
 
@@ -94,6 +99,70 @@ def test_predictions_are_those_of_costs() -> None:
     assert parse("gathered:group").predicted_bytes("group", 1000, 4, 2) == 6000 + 4000
     assert parse("gnc-own:lag0").predicted_bytes("allreduce", 1000, 4, 2) == 2 * (
         PLAIN.bytes_received(Shape(1000, 4)))
+
+
+# ---------------------------------------------------------------------------- registered noises
+
+NUMBERS: dict[str, Any] = dict(radius=0.5, emulated_batch=8, batch_size=4, seed=3)
+
+
+@pytest.fixture
+def scaled() -> Iterator[None]:
+    with forgotten_afterwards():
+        plugins.load(["tests/noises/scaled.py"])
+        yield
+
+
+def test_a_registered_noise_is_a_variant(scaled: None) -> None:
+    assert parse("scaled") == Variant("scaled") and "scaled" in variants.methods()
+    noise = parse("scaled").noise(**NUMBERS)
+    assert (noise.factor, noise.size, noise.seed) == (2.0, 0.5, 3)  # type: ignore[union-attr]
+    variant = parse("scaled:lag=0:factor=3:lr=0.1")
+    assert variant.name == "scaled:factor=3:lag=0:lr=0.1" and parse(variant.name) == variant
+    noise = variant.noise(**NUMBERS)
+    assert isinstance(noise, GNC)
+    assert (getattr(noise, "factor"), noise.scale, noise.size, noise.lag) == (3.0, "lr", 0.1, 0)
+    assert variant.predicted_bytes("allreduce", 1000, 4, 2) == 2 * PLAIN.bytes_received(
+        Shape(1000, 4))
+    assert names("scaled:factor=3,none")[0] == ["plain", "scaled:factor=3", "none"]
+
+
+@pytest.mark.parametrize("name, says", [
+    ("scald", "did you mean scaled"),
+    ("scaled:fator=3", "'fator=3' is not an option here: give OPTION=VALUE, each of factor, "
+                       "radius, lr, relative, source, lag at most once"),
+    ("scaled:factor", "'factor' is not an option"), ("scaled:", "'' is not an option"),
+    ("scaled:factor=1:factor=2", "at most once"), ("scaled:lag1", "'lag1' is not an option"),
+    ("scaled:factor=big", "noise.factor=big is wrong: give a number"),
+    ("scaled:factor=-1", "factor=-1.0 must be above 0")])
+def test_its_wrong_options_are_one_line(scaled: None, name: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(BenchConfig(model="comm:1k", variants=name), ranks=4)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_registered_covariance_is_a_variant() -> None:
+    with forgotten_afterwards():
+        @register_covariance("low-rank", "examples")
+        class LowRank(EmulatedBatchNoise):
+            def __init__(self, emulated_batch: int, *, rank: int = 3, **options: Any) -> None:
+                super().__init__(emulated_batch, **options)
+                self.rank = rank
+        noise = parse("low-rank-examples:rank=5").noise(**NUMBERS)
+        assert isinstance(noise, LowRank)
+        assert (noise.rank, noise.emulated_batch, noise.batch_size, noise.seed) == (5, 8, 4, 3)
+        with pytest.raises(ValueError, match="each of rank at most once"):
+            parse("low-rank-examples:depth=5")
+    with pytest.raises(ValueError, match="unknown"):
+        parse("low-rank-examples")
+
+
+def test_plugins_of_a_benchmark() -> None:
+    with forgotten_afterwards():
+        config = parse_settings(BenchConfig, ["--plugins", "tests/noises/scaled.py", "--model",
+                                              "comm:1k", "--variants", "scaled:factor=3"],
+                                program="hvdnoise bench")
+        assert [each.name for each in validate(config, 2)] == ["plain", "scaled:factor=3"]
 
 # ---------------------------------------------------------------------------- settings
 
