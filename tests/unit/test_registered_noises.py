@@ -6,7 +6,7 @@ checkpoints and dropped steps is then tested for it, too.
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import numpy as np
 import pytest
@@ -19,9 +19,10 @@ from hvdnoise.planning.config import read
 from hvdnoise.planning.outline import outline
 from hvdnoise.planning.report import predict
 from hvdnoise.plans import PLANS
+from hvdnoise.training import plugins
 from tests import reference
 from tests.fake_world import ThreadWorld, run_threads
-from tests.noises import diagonal, others  # noqa: F401: they register themselves
+from tests.noises import forgotten_afterwards
 from tests.toys import Dense, batch, build, losses, relative_error, train, vector
 
 W, B, M, STEPS = 4, 4, 5, 4
@@ -72,6 +73,13 @@ EXPECTED: dict[str, tuple[dict[str, Any], Callable[[Dense], None]]] = {
     "neighbour-example": ({"size": 0.3}, lambda dense: displaced_run(
         dense, lambda d_WP: 0.3 * np.roll(d_WP, -1, axis=0))),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> Iterator[None]:
+    with forgotten_afterwards():
+        plugins.load(["tests.noises.diagonal", "tests.noises.others"])
+        yield
 
 
 def make(kind: str) -> Any:
