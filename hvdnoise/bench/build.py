@@ -49,7 +49,7 @@ class Runner:
                 "predicted_bytes": self.variant.predicted_bytes(plan, layout.numbers, ranks,
                                                                 group_size, summed)}
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """See to it that what this rank has under way goes on to its end. Collective."""
         if isinstance(self.optimizer, Wrapper):
             self.optimizer.state_dict()  # which waits for what it holds

@@ -41,9 +41,9 @@ def _problem(config: BenchConfig, world: World, device: torch.device) -> models.
                        rank=world.rank, device=device)
 
 
-def _settle(runner: Runner, world: World, name: str) -> None:
+def _wait(runner: Runner, world: World, name: str) -> None:
     """Return when nothing is under way between the ranks."""
-    runner.settle()
+    runner.wait()
     world.barrier(f"bench.{name}")  # Horovod may do it before an exchange that is ready with it,
     world.barrier(f"bench.{name}.all")  # but not this one
 
@@ -60,11 +60,11 @@ def alone(config: BenchConfig, variants: list[Variant], world: World, device: to
     with measure.blocks_returned():
         for variant in variants:
             if config.memory:  # what is taken once and kept is taken now
-                _settle(_trained(variant, config, problem, world), world, "first")
+                _wait(_trained(variant, config, problem, world), world, "first")
             before = measure.start_memory(device) if config.memory else None
             runner = _trained(variant, config, problem, world)
             memory = measure.peak_memory(device) - before if before is not None else None
-            _settle(runner, world, "alone")
+            _wait(runner, world, "alone")
             end = flat_weights(runner.model)
             plain = end if plain is None else plain
             mine.append({
@@ -132,9 +132,9 @@ def _turn(variant: Variant, config: BenchConfig, problem: models.Problem, world:
     runner = build(variant, config, problem, world)
     for _ in range(STEPS_BEFORE):
         runner.step()
-    _settle(runner, world, "before")
+    _wait(runner, world, "before")
     before = measure.received().get(interface, 0)
     world.barrier("bench.start")
     seconds = measure.seconds_per_step(runner.step, config.steps, device)
-    _settle(runner, world, "after")
+    _wait(runner, world, "after")
     return seconds, measure.received().get(interface, 0) - before

@@ -72,14 +72,14 @@ def save(checkpoints: Path, step: int, shared: State | None, own: State, world: 
     final = checkpoints / folder_of(step)
     part = final.with_suffix(".tmp")
     leads = world.rank == 0
-    together(world, "begin", lambda: _begin(part) if leads else None)
+    gather_or_raise(world, "begin", lambda: _begin(part) if leads else None)
     try:
-        written = together(world, "write", lambda: {
+        written = gather_or_raise(world, "write", lambda: {
             **({"shared.pt": _write(part / "shared.pt", shared)} if leads else {}),
             f"rank-{world.rank}.pt": _write(part / f"rank-{world.rank}.pt", own)})
         files = {name: facts for each in written for name, facts in each.items()}
         manifest = {"format": FORMAT, "step": step, "ranks": world.size, "files": files}
-        together(world, "finish", lambda: _finish(part, final, manifest) if leads else None)
+        gather_or_raise(world, "finish", lambda: _finish(part, final, manifest) if leads else None)
     except CheckpointError:
         if leads:
             shutil.rmtree(part, ignore_errors=True)
@@ -129,7 +129,7 @@ def _facts(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest(path)}
 
 
-def together(world: World, what: str, action: Callable[[], Any]) -> list[Any]:
+def gather_or_raise(world: World, what: str, action: Callable[[], Any]) -> list[Any]:
     """What ``action`` gave on each rank (JSON values); an OSError on one is a CheckpointError on
     all. Collective."""
     value, error = None, None

@@ -27,7 +27,7 @@ from hvdnoise.training.milestones import finish, preempted, save, score
 from hvdnoise.training.preemption import EXIT_PREEMPTED, Preemption
 from hvdnoise.training.progress import Progress, log
 from hvdnoise.training.records import Records
-from hvdnoise.training.runfolder import find_source, open_folder, together
+from hvdnoise.training.runfolder import call_or_raise, find_source, open_folder
 
 MEASURES_PER_LINE = 4  # steps of a log interval whose norms are measured
 
@@ -44,7 +44,7 @@ def run(config: TrainConfig, world: World, device: torch.device, preemption: Pre
         CheckpointError, Diverged: on all ranks alike.
     """
     data.prepare(config.data, world)
-    job = together(world, lambda: build(config, world, device))
+    job = call_or_raise(world, lambda: build(config, world, device))
     source = find_source(config, world)
     folder = open_folder(config, world, job.model)
     if source is None:
@@ -93,7 +93,7 @@ def train(job: Job, folder: Path, records: Records, progress: Progress, preempti
             if _due(at.step, config.checkpoint.every_steps) or _due(
                     at.step, config.checkpoint.every_epochs * per_epoch):
                 saved_at = save(job, folder)
-    preemption.settle()
+    preemption.wait()
     if scored_at != at.step:
         scores = score(job, folder, records)
     if saved_at != at.step:

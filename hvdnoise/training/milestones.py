@@ -43,13 +43,15 @@ def _test_batches(job: Job) -> data.Loader:
 
 def _write_weights(job: Job, path: Path, model: nn.Module) -> None:
     """Rank 0 writes; a failure is a CheckpointError on all ranks."""
-    checkpoint.together(job.world, "weights", lambda: write_weights(path, model.state_dict())
-                        if job.world.rank == 0 else None)
+    checkpoint.gather_or_raise(job.world, "weights",
+                               lambda: write_weights(path, model.state_dict())
+                               if job.world.rank == 0 else None)
 
 
 def _write_facts(job: Job, path: Path, facts: dict[str, Any]) -> None:
-    checkpoint.together(job.world, "facts", lambda: write_text(path, json.dumps(facts, indent=1))
-                        if job.world.rank == 0 else None)
+    checkpoint.gather_or_raise(job.world, "facts",
+                               lambda: write_text(path, json.dumps(facts, indent=1))
+                               if job.world.rank == 0 else None)
 
 
 def save(job: Job, folder: Path) -> int:

@@ -68,13 +68,13 @@ class Preemption:
         """Whether the ranks stop at this step boundary. Collective: call it at each one."""
         if world.size == 1:
             return self.wanted
-        if self.settle():
+        if self.wait():
             return True
         self._pending = world.allreduce_(torch.tensor([float(self.wanted)]),
                                          name="hvdnoise.preempt", op="max")
         return False
 
-    def settle(self) -> bool:
+    def wait(self) -> bool:
         """Wait for the reduction under way; whether a rank wanted to stop. Collective."""
         pending, self._pending = self._pending, None
         return pending is not None and float(pending.wait()) > 0

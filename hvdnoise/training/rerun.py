@@ -13,7 +13,7 @@ from hvdnoise.training.config import ConfigError, TrainConfig
 from hvdnoise.training.evaluate import evaluate
 from hvdnoise.training.options import from_file
 from hvdnoise.training.progress import log
-from hvdnoise.training.runfolder import together
+from hvdnoise.training.runfolder import call_or_raise
 
 _FILES = {"final": "weights.pt", "best": "weights-best.pt", "ema": "weights-ema.pt"}
 
@@ -62,7 +62,7 @@ def score(config: TrainConfig, weights: Path, world: World, device: torch.device
                               ) from error
         return datasets, model.to(device)
 
-    datasets, model = together(world, load)
+    datasets, model = call_or_raise(world, load)
     batches = data.test_loader(datasets, size=world.size, rank=world.rank, batch_size=batch_size)
     found = evaluate(model, batches, world, device)
     log.info("test accuracy %.4f  test loss %.4f  on %d examples of %s, weights %s",

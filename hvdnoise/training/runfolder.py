@@ -35,14 +35,14 @@ T = TypeVar("T")
 State = dict[str, Any]
 
 
-def together(world: World, action: Callable[[], T]) -> T:
+def call_or_raise(world: World, action: Callable[[], T]) -> T:
     """``action()``; where it raises a ValueError or OSError on one rank, a ConfigError on all."""
     value, error = None, None
     try:
         value = action()
     except (ValueError, OSError) as problem:
         error = " ".join(str(problem).split())
-    for rank, text in enumerate(world.gather_json(error, name="together")):
+    for rank, text in enumerate(world.gather_json(error, name="call")):
         if text is not None:
             raise ConfigError(f"{text} ({world.places()[rank]})" if rank else text)
     return value  # type: ignore[return-value]
@@ -64,7 +64,7 @@ def find_source(config: TrainConfig, world: World) -> tuple[State, State | None]
         return None
     chosen = checkpoint.choose(_candidates(config), world)
     if chosen is None:
-        together(world, lambda: _check_same_run(_settings_of(config), config))
+        call_or_raise(world, lambda: _check_same_run(_settings_of(config), config))
         log.info("no checkpoint to resume from: starting at step 0")
         return None
     path, manifest = chosen
@@ -77,7 +77,7 @@ def find_source(config: TrainConfig, world: World) -> tuple[State, State | None]
         return shared, checkpoint.read(path / f"rank-{world.rank}.pt") if same_size else None
 
     log.info("resuming from %s", path)
-    return together(world, load)
+    return call_or_raise(world, load)
 
 
 def _candidates(config: TrainConfig) -> list[Path]:
@@ -144,9 +144,9 @@ def open_folder(config: TrainConfig, world: World, model: nn.Module) -> Path:
     Raises:
         ConfigError: when it cannot be had, or its file system is too full.
     """
-    chosen = together(world, lambda: str(_make(config, model)) if world.rank == 0 else "")
+    chosen = call_or_raise(world, lambda: str(_make(config, model)) if world.rank == 0 else "")
     folder = Path(world.gather_json(chosen, name="run.folder")[0])
-    together(world, lambda: records.start_logs(folder, world.rank))
+    call_or_raise(world, lambda: records.start_logs(folder, world.rank))
     hosts = world.hosts()
 
     def describe() -> None:
@@ -157,7 +157,7 @@ def open_folder(config: TrainConfig, world: World, model: nn.Module) -> Path:
             records.write_text(folder / "environment.json", json.dumps(facts, indent=1))
             for name in ("preempted.json", "summary.json"):
                 (folder / name).unlink(missing_ok=True)
-    together(world, describe)
+    call_or_raise(world, describe)
     return folder
 
 

@@ -50,7 +50,7 @@ class Never:
         self.left -= 1
         return self.left < 0
 
-    def settle(self) -> bool:
+    def wait(self) -> bool:
         return False
 
 
@@ -247,7 +247,7 @@ def test_what_fails_on_one_rank_is_one_error_on_all(tmp_path: Path) -> None:
                 raise OSError("no space")
             return 3
         with pytest.raises(ConfigError) as caught:
-            loop.together(world, action)
+            loop.call_or_raise(world, action)
         return str(caught.value)
     assert run_threads(3, work) == ["no space (rank 1)"] * 3
 
@@ -262,8 +262,8 @@ def test_with_several_hosts_an_error_names_the_host(monkeypatch: pytest.MonkeyPa
                 raise OSError("no space")
         said = []
         for action in (lambda: handshake(world, {"torch": world.rank < 2}),
-                       lambda: loop.together(world, fail),
-                       lambda: checkpoint.together(world, "write", fail)):
+                       lambda: loop.call_or_raise(world, fail),
+                       lambda: checkpoint.gather_or_raise(world, "write", fail)):
             with pytest.raises((ValueError, ConfigError, CheckpointError)) as caught:
                 action()
             said.append(str(caught.value))
