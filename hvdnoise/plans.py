@@ -13,7 +13,7 @@ up to rounding; "group" has the rank's group in place of all workers. The mean i
 every rank: one rank computes it, or all ranks add up the same rows in the same order.
 
 Bytes that one rank receives in a step, with ring or pairwise algorithms (what Gloo, Open MPI and
-NCCL use for large tensors). There are P numbers of `itemsize` bytes, R ranks with V workers each,
+NCCL use for large tensors). There are P numbers of ``itemsize`` bytes, R ranks with V workers each,
 W = R*V workers, n bytes for a number of the noise on the wire, and groups of k ranks:
 
     allreduce     2 (R-1)/R * itemsize * P                       the mean alone

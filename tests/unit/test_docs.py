@@ -33,10 +33,10 @@ def test_paths_in_contributing_exist() -> None:
 
 def test_a_reference_that_names_nothing_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     import hvdnoise
-    from hvdnoise import costs
+    from hvdnoise import plans
 
-    monkeypatch.setattr(costs, "__doc__", "See `Shape`, `Shape.numbers` and `choose`.")
-    assert api_docs.broken_references("hvdnoise.costs", [hvdnoise]) == []
-    monkeypatch.setattr(costs, "__doc__", "See `Shape` and `Shapely.numbers`.")
-    (fault,) = api_docs.broken_references("hvdnoise.costs", [hvdnoise])
+    monkeypatch.setattr(plans, "__doc__", "See `Shape`, `Shape.numbers` and `choose`.")
+    assert api_docs.broken_references("hvdnoise.plans", [hvdnoise]) == []
+    monkeypatch.setattr(plans, "__doc__", "See `Shape` and `Shapely.numbers`.")
+    (fault,) = api_docs.broken_references("hvdnoise.plans", [hvdnoise])
     assert "Shapely.numbers" in fault
