@@ -10,7 +10,7 @@ from hvdnoise.exchange_plan import Shape
 from hvdnoise.planning.config import PlanConfig
 from hvdnoise.plans import Choice, choose
 from hvdnoise.training import models
-from hvdnoise.training.config import ConfigError
+from hvdnoise.training.errors import ConfigError, DataError
 from hvdnoise.training.optim import peak_rate, rate
 from hvdnoise.training.sampler import steps_per_epoch
 
@@ -104,12 +104,11 @@ def _counted(config: PlanConfig) -> tuple[int, int]:
     """Images and classes of a data set that has to be counted: as given, else counted."""
     if config.examples is not None and config.classes is not None:
         return config.examples, config.classes
-    folder = config.data.path / "train"
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder on this machine: give --examples N, the "
-                          "training images, and --classes N, or a data.root that holds "
-                          "train/CLASS/IMAGE")
-    examples, classes = config.data.record.count(config.data)
+    try:
+        examples, classes = config.data.record.count(config.data)
+    except DataError as error:
+        raise ConfigError(f"{error}: give --examples N, the training images, and --classes N, or "
+                          "a data.root that holds train/CLASS/IMAGE") from error
     return config.examples or examples, config.classes or classes
 
 

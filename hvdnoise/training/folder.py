@@ -78,10 +78,13 @@ def count(folder: Path) -> tuple[int, int]:
     Raises:
         DataError: when there are none, or they cannot be read.
     """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder on this machine")
     try:
         found = datasets.ImageFolder(folder)
-    except OSError as error:  # no folder, an empty one, or one that cannot be read
-        raise DataError(f"{folder}: {' '.join(str(error).split())}") from error
+    except OSError as error:  # an empty one, or one that cannot be read
+        text = " ".join(str(error).split()).rstrip(".")
+        raise DataError(f"{folder}: {text}") from error
     return len(found.samples), len(found.classes)
 
 
