@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 
 from hvdnoise import comm
+from hvdnoise.training.datasets import DATASETS
+from hvdnoise.training.fetch import SHARED
 from hvdnoise.training.records import first_line, versions
 
 OK, NOTE, BROKEN = "ok", "note", "BROKEN"
@@ -194,12 +196,13 @@ def _path() -> str:
 
 
 def _data(root: Path) -> Iterator[Finding]:
-    places = {"fashion-mnist": root / "FashionMNIST" / "raw", "cifar10": root /
-              "cifar-10-batches-py", "cifar100": root / "cifar-100-python"}
-    for name, place in places.items():
+    for name, record in DATASETS.items():
+        if record.folder is None:
+            continue
+        place, shared = root / record.folder, Path(SHARED)
         if place.is_dir():
             yield OK, f"{name} in {place}"
-        elif name == "fashion-mnist" and Path("/usr/share/datasets/fashion-mnist").is_dir():
-            yield OK, f"{name} in /usr/share/datasets (Debian's package; unpacked when first used)"
+        elif record.package and (shared / name).is_dir():
+            yield OK, f"{name} in {shared} (Debian's package; unpacked when first used)"
         else:
             yield NOTE, f"{name} is not in {root}: it is downloaded when first used"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Sequence
 
 from hvdnoise.training.config import ConfigError, TrainConfig
+from hvdnoise.training.datasets import DATASETS
 from hvdnoise.training.options import parse
 from hvdnoise.training.validation import require, validate
 
@@ -110,7 +111,8 @@ def _check(config: PlanConfig) -> None:
             "give a number above 0")
     require(compute is None or 0 <= compute < math.inf, "compute_ms", compute, "give 0 or more")
     require(config.image.strip() != "", "image", repr(config.image), "give an image's name")
-    known = config.data.dataset != "imagefolder"
+    counted = [each.name for each in DATASETS.values() if each.counted]
     for name in ("examples", "classes"):
-        require(not known or getattr(config, name) is None, name, getattr(config, name),
-                f"it goes with data.dataset=imagefolder; {config.data.dataset} is known")
+        require(config.data.dataset in counted or getattr(config, name) is None, name,
+                getattr(config, name), f"it goes with data.dataset={' or '.join(counted)}; "
+                f"{config.data.dataset} is known")

@@ -11,16 +11,9 @@ from hvdnoise.exchange_plan import Shape
 from hvdnoise.planning.config import PlanConfig
 from hvdnoise.plans import Choice, choose
 from hvdnoise.training import models
-from hvdnoise.training.config import ConfigError
-from hvdnoise.training.dataspec import DataConfig
+from hvdnoise.training.errors import ConfigError, DataError
 from hvdnoise.training.optim import peak_rate, rate
 from hvdnoise.training.sampler import steps_per_epoch
-
-_KNOWN = {  # training images, classes, (channels, height, width)
-    "fashion-mnist": (60_000, 10, (1, 28, 28)),
-    "cifar10": (50_000, 10, (3, 32, 32)),
-    "cifar100": (50_000, 100, (3, 32, 32)),
-}
 
 
 @dataclass(frozen=True)
@@ -105,38 +98,23 @@ def facts(config: PlanConfig) -> tuple[int, int, tuple[int, int, int]]:
     """Training images in use, classes and (channels, height, width) of the data set.
 
     Raises:
-        ConfigError: for an imagefolder that is not here and was not described.
+        ConfigError: for folders of images that are not here and were not described.
     """
     data = config.data
-    if data.dataset in _KNOWN:
-        examples, classes, image_shape = _KNOWN[data.dataset]
-    elif data.dataset == "synthetic":
-        examples, classes, image_shape = data.num_examples, data.num_classes, _square(data)
-    else:
-        examples, classes = _folder(config)
-        image_shape = _square(data)
-    return min(examples, data.limit or examples), classes, image_shape
+    examples, classes = _counted(config) if data.record.counted else data.record.count(data)
+    return min(examples, data.limit or examples), classes, data.record.shape(data)
 
 
-def _square(data: DataConfig) -> tuple[int, int, int]:
-    return 3, data.side, data.side
-
-
-def _folder(config: PlanConfig) -> tuple[int, int]:
-    """Images and classes of an imagefolder: as given, else counted."""
+def _counted(config: PlanConfig) -> tuple[int, int]:
+    """Images and classes of a data set that has to be counted: as given, else counted."""
     if config.examples is not None and config.classes is not None:
         return config.examples, config.classes
-    folder = config.data.path / "train"
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder on this machine: give --examples N, the "
-                          "training images, and --classes N, or a data.root that holds "
-                          "train/CLASS/IMAGE")
-    from torchvision import datasets
     try:
-        found = datasets.ImageFolder(folder)
-    except OSError as error:  # an empty one, or one that cannot be read
-        raise ConfigError(f"{folder}: {' '.join(str(error).split())}") from error
-    return config.examples or len(found.samples), config.classes or len(found.classes)
+        examples, classes = config.data.record.count(config.data)
+    except DataError as error:
+        raise ConfigError(f"{error}: give --examples N, the training images, and --classes N, or "
+                          "a data.root that holds train/CLASS/IMAGE") from error
+    return config.examples or examples, config.classes or classes
 
 
 def model_layout(model: str, classes: int, image_shape: tuple[int, int, int]) -> Layout:

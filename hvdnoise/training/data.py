@@ -1,6 +1,7 @@
 """The data of a run: `prepare` it on every host, `build` the data sets, load batches.
 
-- dataspec.py: settings, facts, the error. fetch.py: find, download, check, unpack.
+- datasets.py: one record a data set. dataspec.py: settings and facts.
+- fetch.py: find, download, check, unpack.
 - sampler.py: which examples when. augment.py, images.py, folder.py: the images themselves.
 
 What a loader yields depends on (seed, epoch, example index) alone, not on ranks, loader processes
@@ -16,30 +17,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hvdnoise.training.dataspec import DataConfig, DataError, DataSpec
 from hvdnoise.training.fetch import prepare
-from hvdnoise.training.images import ArrayImages, Images, synthetic
+from hvdnoise.training.images import Images
 from hvdnoise.training.sampler import WorkerSampler, steps_per_epoch, test_shards
 
 __all__ = ["DataConfig", "DataError", "DataSpec", "Datasets", "Loader", "WorkerSampler", "build",
            "prepare", "steps_per_epoch", "test_loader", "test_shards", "train_loader"]
 
 Loader = DataLoader[tuple[Tensor, Tensor]]
-
-_MEAN_AND_STD = {  # per channel, of the training images with pixel values in 0 .. 1
-    "fashion-mnist": ((0.2860,), (0.3530,)),
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "imagefolder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet's
-    "synthetic": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
-}
-_PADDING = {"fashion-mnist": 2, "cifar10": 4, "cifar100": 4, "synthetic": 4}
 
 
 @dataclass(frozen=True)
@@ -61,54 +51,16 @@ def build(config: DataConfig, *, seed: int) -> Datasets:
     Raises:
         DataError: when the files are not there or damaged.
     """
+    record = config.record
     try:
-        if config.dataset == "imagefolder":
-            return _folders(config, seed)
-        return _arrays(config, seed)
+        train, num_classes = record.load(config, seed, "train")
+        test, _ = record.load(config, seed, "test")
     except (RuntimeError, OSError) as error:
         text = " ".join(str(error).split())
         raise DataError(f"cannot read {config.dataset} in {config.path} ({text}): call "
                         "hvdnoise.training.data.prepare first") from error
-
-
-def _folders(config: DataConfig, seed: int) -> Datasets:
-    from hvdnoise.training.folder import FolderImages
-    mean, std = _MEAN_AND_STD["imagefolder"]
-    train = FolderImages(config.path / "train", side=config.side, augment=config.augment,
-                         limit=config.limit, mean=mean, std=std, seed=seed)
-    test = FolderImages(config.path / "val", side=config.side, augment=False, limit=None,
-                        mean=mean, std=std, seed=seed)
-    shape = (3, config.side, config.side)
-    return Datasets(train, test, DataSpec(config.dataset, len(train.classes), shape, len(train),
-                                          len(test)))
-
-
-def _arrays(config: DataConfig, seed: int) -> Datasets:
-    mean, std = _MEAN_AND_STD[config.dataset]
-    padding = _PADDING[config.dataset] if config.augment else None
-    images, labels, num_classes = _load(config, seed, "train")
-    train = ArrayImages(images[:config.limit], labels[:config.limit], mean=mean, std=std,
-                        padding=padding, seed=seed)
-    images, labels, _ = _load(config, seed, "test")
-    test = ArrayImages(images, labels, mean=mean, std=std, padding=None, seed=seed)
-    channels, height, width = images.shape[1:]
-    return Datasets(train, test, DataSpec(config.dataset, num_classes, (channels, height, width),
+    return Datasets(train, test, DataSpec(config.dataset, num_classes, record.shape(config),
                                           len(train), len(test)))
-
-
-def _load(config: DataConfig, seed: int,
-          part: str) -> tuple[NDArray[np.uint8], NDArray[np.int64], int]:
-    """Images (N, C, H, W), labels (N,) and the number of classes."""
-    if config.dataset == "synthetic":
-        count = config.num_examples if part == "train" else max(1, config.num_examples // 4)
-        return *synthetic(count, config.num_classes, config.side, seed, part), config.num_classes
-    from torchvision import datasets
-    kind = {"fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10,
-            "cifar100": datasets.CIFAR100}[config.dataset]
-    found = kind(config.path, train=part == "train", download=False)
-    images = np.asarray(found.data)  # (N, H, W) or (N, H, W, C)
-    images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
-    return np.ascontiguousarray(images), np.asarray(found.targets), len(found.classes)
 
 
 def train_loader(datasets: Datasets, sampler: WorkerSampler, *, loader_workers: int = 0,

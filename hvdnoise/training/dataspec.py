@@ -1,6 +1,6 @@
-"""What data a run uses: the settings, the facts of a data set, and the one error of this package.
+"""What data a run uses: the settings and the facts of a data set.
 
-Imports neither torch nor torchvision, so that a wrong setting is refused at once.
+Imports no torchvision, so that a wrong setting is refused at once.
 """
 
 from __future__ import annotations
@@ -9,13 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-DatasetName = Literal["fashion-mnist", "cifar10", "cifar100", "imagefolder", "synthetic"]
-DATASETS: tuple[str, ...] = ("fashion-mnist", "cifar10", "cifar100", "imagefolder", "synthetic")
-_SIZED = {"imagefolder": 224, "synthetic": 32}  # the sets whose image size can be chosen
+from hvdnoise.training.datasets import DATASETS, DataRecord
+from hvdnoise.training.errors import DataError
 
-
-class DataError(ValueError):
-    """A data set is missing, damaged or too small; one line that names the path and the remedy."""
+__all__ = ["DataConfig", "DataError", "DataSpec"]
 
 
 @dataclass(frozen=True)
@@ -47,8 +44,7 @@ class DataConfig:
         batch_size: training examples per worker and step (b).
         augment: random crops and horizontal flips of the training images.
         loader_workers: processes per rank that prepare batches; 0 prepares them in the rank itself.
-        image_size: height and width in pixels; only for imagefolder (default 224) and synthetic
-            (default 32), the other sets have their own.
+        image_size: height and width in pixels; only for {sizable}, the other sets have their own.
         download: fetch a missing data set from its home page.
         num_examples: training examples of the synthetic set.
         num_classes: classes of the synthetic set.
@@ -58,7 +54,8 @@ class DataConfig:
         DataError: at construction, when a value is out of range or does not fit the data set.
     """
 
-    dataset: DatasetName = "fashion-mnist"
+    # read anew by each parse: a plugin's record is a choice like the others
+    dataset: Literal[tuple(DATASETS)] = next(iter(DATASETS))  # type: ignore[valid-type]
     root: str = "data"
     batch_size: int = 64
     augment: bool = True
@@ -79,16 +76,26 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise DataError(f"data.{name}={value} is too small: give {least} or more")
-        if self.image_size is not None and self.dataset not in _SIZED:
+        if self.image_size is not None and not self.record.sizable:
             raise DataError(f"data.image_size={self.image_size} does not go with {self.dataset}, "
                             "whose images have their own size: leave it out")
 
     @property
+    def record(self) -> DataRecord:
+        """What there is to know of the data set."""
+        return DATASETS[self.dataset]
+
+    @property
     def side(self) -> int:
-        """Height and width in pixels, for the sets whose image size can be chosen."""
-        return self.image_size or _SIZED[self.dataset]
+        """Height and width of the images in pixels."""
+        return self.image_size or self.record.side
 
     @property
     def path(self) -> Path:
         """The root folder, with ~ expanded."""
         return Path(self.root).expanduser()
+
+
+# --help names the sets whose image size can be chosen
+DataConfig.__doc__ = (DataConfig.__doc__ or "").replace("{sizable}", " and ".join(
+    f"{each.name} (default {each.side})" for each in DATASETS.values() if each.sizable))

@@ -36,32 +36,7 @@ _log = logging.getLogger(__name__)
 _PATIENCE_SECONDS = 5.0  # until a server answers: a missing data set is an error within 10 s
 _STALL_SECONDS = 30.0  # between two pieces of a download
 _CHUNK = 1 << 20
-
-# Unpacked file: SHA-256 of its content, of Debian's .gz and of upstream's .gz. The two archives
-# hold the same compressed stream; they differ in the time and the name in the gzip header.
-FASHION_MNIST = {
-    "train-images-idx3-ubyte": (
-        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-        "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
-        "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84"),
-    "train-labels-idx1-ubyte": (
-        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-        "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
-        "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"),
-    "t10k-images-idx3-ubyte": (
-        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-        "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
-        "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073"),
-    "t10k-labels-idx1-ubyte": (
-        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-        "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
-        "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"),
-}
-FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-CIFAR_SHA256 = {  # of the .tar.gz
-    "cifar10": "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
-    "cifar100": "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
-}
+SHARED = "/usr/share/datasets"  # where Debian's packages put archives
 
 
 def prepare(config: DataConfig, world: World) -> None:
@@ -76,7 +51,7 @@ def prepare(config: DataConfig, world: World) -> None:
     found: dict[str, str | None] = {"error": None, "content": None}
     if world.local_rank == 0:
         try:
-            found["content"] = _prepare_here(config)
+            found["content"] = config.record.prepare(config)
         except Exception as error:  # whatever it is, the other ranks must not wait for ever
             cause, found["error"] = error, _one_line(error, config)
     everyone = world.gather_json(found, name="data.prepare")
@@ -100,67 +75,46 @@ def _one_line(error: Exception, config: DataConfig) -> str:
             "can be written and has space")
 
 
-def _prepare_here(config: DataConfig) -> str | None:
-    """Do the work of one host; the digest of the content where it is not fixed by checksums."""
-    if config.dataset == "fashion-mnist":
-        _prepare_fashion_mnist(config)
-    elif config.dataset in CIFAR_SHA256:
-        _prepare_cifar(config)
-    elif config.dataset == "imagefolder":
-        return _check_folders(config.path)
-    return None
+def unpack_gz(url: str, archives: Collection[str], target: Path, content: str,
+              config: DataConfig) -> None:
+    """Have the file ``target``, out of a .gz of its own, unless it is there already.
 
+    Args:
+        url: of the archive, whose name is looked for here too.
+        archives: the SHA-256 of each archive that is right.
+        content: the SHA-256 of the file.
 
-def _prepare_fashion_mnist(config: DataConfig) -> None:
-    folder = config.path / "FashionMNIST" / "raw"  # where torchvision's class looks
-    for name, (content, *archives) in FASHION_MNIST.items():
-        if digest(folder / name) == content:
-            continue
-        archive = _archive(f"{name}.gz", archives, FASHION_MNIST_URL + f"{name}.gz", folder, config)
-        with gzip.open(archive) as source:
-            _write(source, folder / name, [content])
-
-
-def _prepare_cifar(config: DataConfig) -> None:
-    from torchvision import datasets
-    kind = datasets.CIFAR10 if config.dataset == "cifar10" else datasets.CIFAR100
-    folder = config.path / kind.base_folder
-    wanted = dict([*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])])
-    if all(digest(folder / name, "md5") == md5 for name, md5 in wanted.items()):
+    Raises:
+        DataError: when it cannot be had, or is not right.
+    """
+    if digest(target) == content:
         return
-    archive = _archive(kind.filename, [CIFAR_SHA256[config.dataset]], kind.url, config.path, config)
+    archive = _archive(url.rpartition("/")[2], archives, url, target.parent, config)
+    with gzip.open(archive) as source:
+        _write(source, target, [content])
+
+
+def unpack_tar(url: str, name: str, archive_sum: str, wanted: dict[str, str],
+               config: DataConfig) -> None:
+    """Have files out of one .tar.gz below the root, unless all are there already.
+
+    Args:
+        url, name: of the archive.
+        archive_sum: its SHA-256.
+        wanted: the MD5 of each file by its path, in the archive and below the root.
+
+    Raises:
+        DataError: when they cannot be had, or are not right.
+    """
+    if all(digest(config.path / member, "md5") == md5 for member, md5 in wanted.items()):
+        return
+    archive = _archive(name, [archive_sum], url, config.path, config)
     with tarfile.open(archive) as tar:  # only members of known names are read: no path can escape
-        for name, md5 in wanted.items():
-            source = tar.extractfile(f"{kind.base_folder}/{name}")
+        for member, md5 in wanted.items():
+            source = tar.extractfile(member)
             if source is None:
-                raise DataError(f"{archive} holds no file {kind.base_folder}/{name}: delete it")
-            _write(source, folder / name, [md5], "md5")
-
-
-def _check_folders(root: Path) -> str:
-    """Check the layout root/{train,val}/CLASS/IMAGE; the digest of all names in it."""
-    from torchvision import datasets
-    for part in ("train", "val"):
-        if not (root / part).is_dir():
-            raise DataError(f"{root / part} is not a folder: data.root must hold train/CLASS/IMAGE "
-                            "and val/CLASS/IMAGE")
-    names = hashlib.sha256()
-    classes = []
-    for part in ("train", "val"):
-        try:
-            found = datasets.ImageFolder(root / part)
-        except FileNotFoundError as error:
-            text = " ".join(str(error).split())
-            raise DataError(f"{root / part}: {text}; every class needs a folder with images "
-                            "in train/ and in val/") from error
-        classes.append(found.classes)
-        for path, _ in found.samples:
-            names.update(os.path.relpath(path, root).encode() + b"\0")
-    if classes[0] != classes[1]:
-        odd = sorted(set(classes[0]) ^ set(classes[1]))[0]
-        raise DataError(f"{root}: the class {odd!r} is in only one of train/ and val/: give both "
-                        "the same class folders")
-    return names.hexdigest()
+                raise DataError(f"{archive} holds no file {member}: delete it")
+            _write(source, config.path / member, [md5], "md5")
 
 
 def digest(path: Path, algorithm: str = "sha256") -> str | None:
@@ -180,7 +134,7 @@ def _archive(name: str, sums: Collection[str], url: str, home: Path, config: Dat
     Raises:
         DataError: when there is none and none can be had.
     """
-    shared = os.environ.get("HVDNOISE_DATASETS", "/usr/share/datasets").split(os.pathsep)
+    shared = os.environ.get("HVDNOISE_DATASETS", SHARED).split(os.pathsep)
     folders = [home, config.path, *(Path(each) for each in shared if each)]
     damaged = None
     for path in [place / name for each in folders for place in (each, each / config.dataset)]:
@@ -196,9 +150,10 @@ def _archive(name: str, sums: Collection[str], url: str, home: Path, config: Dat
     if damaged is not None:
         raise DataError(f"{damaged} is damaged (wrong SHA-256): delete it and fetch it again, or "
                         "set data.download=true")
-    package = "install Debian's dataset-fashion-mnist, " if "mnist" in config.dataset else ""
+    package = config.record.package
+    install = f"install Debian's {package}, " if package else ""
     raise DataError(f"{config.dataset} is not in {config.path} and {name} not in "
-                    f"{os.pathsep.join(shared)}: {package}put {name} into {home}, or set "
+                    f"{os.pathsep.join(shared)}: {install}put {name} into {home}, or set "
                     "data.download=true")
 
 

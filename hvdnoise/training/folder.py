@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,7 @@ from torchvision import datasets
 from torchvision.transforms import v2 as transforms
 
 from hvdnoise import streams
-from hvdnoise.training.dataspec import DataError
+from hvdnoise.training.errors import DataError
 from hvdnoise.training.images import Images
 
 
@@ -68,6 +70,51 @@ class FolderImages(Images):
                     images.append(self._training(image))
             labels.append(label)
         return self.normalise(torch.stack(images)), torch.tensor(labels)
+
+
+def count(folder: Path) -> tuple[int, int]:
+    """Images and classes of folder/CLASS/IMAGE.
+
+    Raises:
+        DataError: when there are none, or they cannot be read.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder on this machine")
+    try:
+        found = datasets.ImageFolder(folder)
+    except OSError as error:  # an empty one, or one that cannot be read
+        text = " ".join(str(error).split()).rstrip(".")
+        raise DataError(f"{folder}: {text}") from error
+    return len(found.samples), len(found.classes)
+
+
+def check(root: Path) -> str:
+    """Check the layout root/{train,val}/CLASS/IMAGE; the digest of all names in it.
+
+    Raises:
+        DataError: when it is another.
+    """
+    for part in ("train", "val"):
+        if not (root / part).is_dir():
+            raise DataError(f"{root / part} is not a folder: data.root must hold train/CLASS/IMAGE "
+                            "and val/CLASS/IMAGE")
+    names = hashlib.sha256()
+    classes = []
+    for part in ("train", "val"):
+        try:
+            found = datasets.ImageFolder(root / part)
+        except FileNotFoundError as error:
+            text = " ".join(str(error).split())
+            raise DataError(f"{root / part}: {text}; every class needs a folder with images "
+                            "in train/ and in val/") from error
+        classes.append(found.classes)
+        for path, _ in found.samples:
+            names.update(os.path.relpath(path, root).encode() + b"\0")
+    if classes[0] != classes[1]:
+        odd = sorted(set(classes[0]) ^ set(classes[1]))[0]
+        raise DataError(f"{root}: the class {odd!r} is in only one of train/ and val/: give both "
+                        "the same class folders")
+    return names.hexdigest()
 
 
 @contextmanager

@@ -73,9 +73,10 @@ def _check_batch(config: TrainConfig, size: int) -> None:
 
     from hvdnoise.training.optim import build_schedule
     from hvdnoise.training.sampler import steps_per_epoch
-    given = config.data.num_examples if config.data.dataset == "synthetic" else config.data.limit
+    data = config.data
+    given = data.limit if data.record.counted else data.record.count(data)[0]
     if given is not None:
-        steps_per_epoch(min(given, config.data.limit or given), workers, batch)
+        steps_per_epoch(min(given, data.limit or given), workers, batch)
     build_schedule(optim.SGD(nn.Linear(1, 1).parameters(), lr=config.optim.lr), config.lr,
                    batch * workers, 1, config.epochs)  # for what it refuses
 

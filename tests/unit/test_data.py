@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import http.server
@@ -25,6 +26,7 @@ from torchvision import datasets as torchvision_datasets
 from hvdnoise.comm import World
 from hvdnoise.training import data, fetch
 from hvdnoise.training.data import DataConfig, DataError
+from hvdnoise.training.datasets import DATASETS
 from hvdnoise.training.folder import FolderImages
 from tests.fake_world import ThreadWorld, run_threads
 from tests.fashion import REAL
@@ -58,6 +60,18 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     served.server_close()
 
 
+def change(monkeypatch: pytest.MonkeyPatch, name: str, **facts: object) -> None:
+    """Put a data set's record aside for one with other facts."""
+    monkeypatch.setitem(DATASETS, name, dataclasses.replace(
+        DATASETS[name], **facts))  # type: ignore[arg-type]
+
+
+def known_files() -> dict[str, tuple[str, ...]]:
+    """The checksums in the record of Fashion-MNIST."""
+    found: dict[str, tuple[str, ...]] = getattr(DATASETS["fashion-mnist"], "files")
+    return found
+
+
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
@@ -88,7 +102,7 @@ def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.nda
         packed = gzip.compress(idx(array))
         (folder / f"{name}.gz").write_bytes(packed)
         sums[name] = (sha256(idx(array)), sha256(packed), "0" * 64)
-    monkeypatch.setattr(fetch, "FASHION_MNIST", sums)
+    change(monkeypatch, "fashion-mnist", files=sums)
     return arrays
 
 
@@ -140,8 +154,8 @@ def test_a_damaged_archive_is_refused(tmp_path: Path, world: World,
 def test_content_is_checked_besides_the_archive(tmp_path: Path, world: World,
                                                 fashion: dict[str, np.ndarray],
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    sums = {name: ("1" * 64, *rest) for name, (_, *rest) in fetch.FASHION_MNIST.items()}
-    monkeypatch.setattr(fetch, "FASHION_MNIST", sums)
+    sums = {name: ("1" * 64, *rest) for name, (_, *rest) in known_files().items()}
+    change(monkeypatch, "fashion-mnist", files=sums)
     with pytest.raises(DataError, match="train-images-idx3-ubyte was refused"):
         data.prepare(fashion_config(tmp_path), world)
     assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
@@ -186,7 +200,7 @@ def test_a_cut_off_download_is_refused_and_fetched_again(
         tmp_path: Path, world: World, fashion: dict[str, np.ndarray],
         server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     address, folder = server
-    monkeypatch.setattr(fetch, "FASHION_MNIST_URL", address)
+    change(monkeypatch, "fashion-mnist", url=address)
     shared = tmp_path / "shared/fashion-mnist"
     for archive in list(shared.iterdir()):
         archive.rename(folder / archive.name)
@@ -212,8 +226,8 @@ def test_a_silent_server_is_given_up(tmp_path: Path, world: World,
                                      monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
-        monkeypatch.setattr(fetch, "FASHION_MNIST_URL",
-                            f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        change(monkeypatch, "fashion-mnist",
+               url=f"http://127.0.0.1:{silent.getsockname()[1]}/")
         monkeypatch.setattr(fetch, "_PATIENCE_SECONDS", 0.3)
         with pytest.raises(DataError, match="cannot download"):
             data.prepare(fashion_config(tmp_path, download=True), world)
@@ -238,7 +252,7 @@ def test_upstream_archives_hold_the_same_stream() -> None:
     """Upstream's .gz = Debian's with time and name in the header; torchvision knows its MD5."""
     assert REAL is not None
     known = dict(torchvision_datasets.FashionMNIST.resources)
-    for name, (_, debian, upstream) in fetch.FASHION_MNIST.items():
+    for name, (_, debian, upstream) in known_files().items():
         packed = (REAL / f"{name}.gz").read_bytes()
         assert sha256(packed) == debian
         seconds = 1504176606 if name.startswith("train") else 1504176627  # 2017-08-31
@@ -290,14 +304,14 @@ def cifar(request: pytest.FixtureRequest, tmp_path: Path,
     archive.parent.mkdir()
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(source, arcname=kind.base_folder)
-    monkeypatch.setitem(fetch.CIFAR_SHA256, name, sha256(archive.read_bytes()))
+    change(monkeypatch, name, sha256=sha256(archive.read_bytes()))
     return name, files, archive
 
 
 def test_cifar_is_unpacked_and_read(tmp_path: Path, world: World,
                                     cifar: tuple[str, dict[str, bytes], Path]) -> None:
     name, files, _ = cifar
-    config = DataConfig(name, root=str(tmp_path / "data"), download=False)  # type: ignore[arg-type]
+    config = DataConfig(name, root=str(tmp_path / "data"), download=False)
     data.prepare(config, world)
     sets = data.build(config, seed=0)
     ten = name == "cifar10"
@@ -312,7 +326,7 @@ def test_cifar_is_unpacked_and_read(tmp_path: Path, world: World,
 def test_damaged_cifar_is_never_unpickled(tmp_path: Path, world: World,
                                           cifar: tuple[str, dict[str, bytes], Path]) -> None:
     name, files, archive = cifar
-    config = DataConfig(name, root=str(tmp_path / "data"), download=False)  # type: ignore[arg-type]
+    config = DataConfig(name, root=str(tmp_path / "data"), download=False)
     data.prepare(config, world)
     part = "test_batch" if name == "cifar10" else "test"
     target = next((tmp_path / "data").rglob(part))
