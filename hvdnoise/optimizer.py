@@ -361,11 +361,7 @@ def DistributedOptimizer(
                                      backward_passes_per_step=backward_passes_per_step)
     names = named(optimizer, named_parameters)
     world = world or comm.HorovodWorld(process_set)
-    num_workers = world.size * virtual_workers
-    if noise is not None and 0 < num_workers < noise.min_workers:
-        raise ValueError(f"{type(noise).__name__} needs deviations between at least "
-                         f"{noise.min_workers} workers and there is {num_workers}: start more "
-                         "ranks, or pass virtual_workers=2 or more and as many backward passes")
+    check_noise(noise, world.size * virtual_workers)
     if getattr(compression, "__name__", None) == "NoneCompressor":
         compression = None
     numbers = sum(p.numel() for p in parameters)

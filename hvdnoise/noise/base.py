@@ -218,11 +218,15 @@ class MixingNoise(WeightNoise):
         """
 
 
-def check_noise(noise: object) -> None:
-    """Refuse what is no noise, or does not have the calls that it promises.
+def check_noise(noise: object, num_workers: int = 0) -> None:
+    """Refuse what is no noise, lacks calls that it promises, or needs more workers.
+
+    Args:
+        num_workers: 0: not known.
 
     Raises:
         TypeError: naming the class to inherit from.
+        ValueError: for fewer workers than it needs.
     """
     if noise is None:
         return
@@ -236,6 +240,10 @@ def check_noise(noise: object) -> None:
             names = [kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,))]
             raise TypeError(f"{type(noise).__name__} lacks the calls of {' or '.join(names)}: "
                             "inherit from it")
+    if 0 < num_workers < noise.min_workers:
+        raise ValueError(f"{type(noise).__name__} needs deviations between at least "
+                         f"{noise.min_workers} workers and there is {num_workers}: start more "
+                         "ranks, or pass virtual_workers=2 or more and as many backward passes")
 
 
 def at_step(schedule: Schedule, step: int) -> float:

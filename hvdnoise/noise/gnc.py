@@ -17,9 +17,9 @@ batch (lag 0), and W workers:
 For the random sources the root mean square is the expected one, so that their law given the
 deviations stays exactly normal. Where it acts: the weights of a worker, before forward; ranks
 differ on purpose. Lag 2 takes the deviations of two steps before, so that their exchange has a
-whole step's time. Bytes on the wire per step: own and isotropic none but 8, and 8 per bucket (relative:
-per parameter tensor); gathered: as the plan of the exchange says (hvdnoise.plans). The plan does
-not change the law, but for these:
+whole step's time. Bytes on the wire per step: own and isotropic none but 8, and 8 per bucket
+(relative: per parameter tensor); gathered: as the plan of the exchange says (hvdnoise.plans). The
+plan does not change the law, but for these:
 
     group       sum over the k V workers of the rank's group alone, 1/sqrt(kV-1) for 1/sqrt(W-1),
                 d_j from the group's mean: delta_i ~ N(0, s^2 D_g'D_g/(kV-1)), the same in the mean

@@ -16,8 +16,16 @@ from torch import Tensor
 
 import hvdnoise
 from hvdnoise.comm import World
-from tests.parallel.test_traps import step, wrap
-from tests.parallel.toys import Spy, assert_ranks_agree, loss_of, net, same_bits, weights
+from tests.parallel.toys import (
+    Spy,
+    assert_ranks_agree,
+    loss_of,
+    net,
+    same_bits,
+    step,
+    weights,
+    wrap,
+)
 
 WORLDS = ("gloo-2", "mpi-4")
 CHECK_SECONDS = 90

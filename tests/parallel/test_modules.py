@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import hvdnoise
 from hvdnoise.comm import World
-from tests.parallel.test_traps import sgd, step, step_by_hand, wrap
 from tests.parallel.toys import (
     Checkpointed,
     assert_ranks_agree,
@@ -32,7 +31,11 @@ from tests.parallel.toys import (
     net,
     raised,
     same_bits,
+    sgd,
+    step,
+    step_by_hand,
     weights,
+    wrap,
 )
 
 WORLDS = ("gloo-2", "mpi-2")

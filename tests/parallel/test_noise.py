@@ -14,13 +14,11 @@ import torch
 
 from hvdnoise import GNC, CovarianceNoise
 from hvdnoise.comm import World
-from tests import reference
+from tests import linear, reference, runs
 from tests.checks import on
 from tests.fake_world import Meeting, ThreadWorld
 from tests.laws import assert_normal
 from tests.toys import Net, build, relative_error, train, vector
-from tests.unit import test_laws as laws
-from tests.unit import test_steps as steps
 
 WORLDS = ["gloo-1", "gloo-2", "gloo-4", "mpi-1", "mpi-2", "mpi-4"]
 W, M = 4, 3
@@ -34,29 +32,29 @@ def on_this_world(world: Any, noise: Any, num_steps: int = 3, **options: Any) ->
 
 def assert_formula(world: World, noise: Any, expected: list[tuple[Any, Any]]) -> None:
     model, optimizer = build(world, noise, V=W // world.size, bucket_bytes=100,
-                             learning_rates=steps.RATES)
+                             learning_rates=runs.RATES)
 
     def decay(step: int) -> None:
-        for group, rate in zip(optimizer.param_groups, steps.RATES):
+        for group, rate in zip(optimizer.param_groups, runs.RATES):
             group["lr"] = rate * 0.8 ** step
-    steps.assert_same_run(train(model, optimizer, 3, before_step=decay), expected)
+    runs.assert_same_run(train(model, optimizer, 3, before_step=decay), expected)
 
 
 def check_gnc_is_the_dense_formula(world: World) -> None:
     for case in (("own", "radius", False, 1, 2), ("gathered", "lr", True, 1, 2),
                  ("isotropic", "relative", False, 1, 2), ("gathered", "radius", False, 0, 2)):
-        assert_formula(world, steps.make_gnc(*case), steps.dense_gnc(W, *case))
+        assert_formula(world, runs.make_gnc(*case), runs.dense_gnc(W, *case))
 
 
 def check_covariance_noise_is_the_dense_formula(world: World) -> None:
-    for formula, options in steps.COVARIANCES.values():
+    for formula, options in runs.COVARIANCES.values():
         noise = CovarianceNoise(emulated_batch=M, seed=2, **options)
         assert_formula(world, noise, formula(W, M, 2))
 
 
 def check_virtual_workers_are_workers(world: World) -> None:
     """The same as 1 rank x 4 workers, computed here without Horovod."""
-    for name, make in steps.NOISES.items():
+    for name, make in runs.NOISES.items():
         here = on_this_world(world, make(), 20, momentum=0.9).weights[-1]
         alone = on_this_world(ThreadWorld(Meeting(1, 1.0), 0), make(), 20, momentum=0.9).weights[-1]
         assert relative_error(here, alone) < 1e-9, name
@@ -65,7 +63,7 @@ def check_virtual_workers_are_workers(world: World) -> None:
 def check_replicas_stay_identical(world: World) -> None:
     """Bit for bit, after steps in float32 with every noise."""
     digests = {}
-    for name, make in steps.NOISES.items():
+    for name, make in runs.NOISES.items():
         model, optimizer = build(world, make(), V=W // world.size, model=Net(torch.float32))
         train(model, optimizer, 3, dtype=torch.float32)
         digests[name] = hashlib.sha256(vector(model.parameters()).numpy().tobytes()).hexdigest()
@@ -74,7 +72,7 @@ def check_replicas_stay_identical(world: World) -> None:
 
 def check_a_loaded_run_goes_on(world: World) -> None:
     for name in ("own", "gathered", "isotropic"):  # the rest has no state but the step
-        make = steps.NOISES[name]
+        make = runs.NOISES[name]
         model, optimizer = build(world, make(), V=W // world.size)
         train(model, optimizer, 2)
         saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -88,7 +86,7 @@ def check_a_loaded_run_goes_on(world: World) -> None:
 
 def check_measured_is_the_same_on_all_ranks(world: World) -> None:
     for name in ("none", "gathered", "isotropic"):
-        make = steps.NOISES[name]
+        make = runs.NOISES[name]
         model, optimizer = build(world, make(), V=W // world.size)
         optimizer.measure = True
         record = train(model, optimizer, 2, loss_scale=8.0)
@@ -108,9 +106,9 @@ def check_measured_is_the_same_on_all_ranks(world: World) -> None:
 @on("gloo-2", "mpi-4")
 def check_gathered_displacements_have_their_law(world: World) -> None:
     """All workers' displacements as one vector a step: each one's law, and their independence."""
-    mine = laws.drive(world, GNC(0.7, source="gathered", seed=1), SAMPLES + 1)[0]  # type: ignore
+    mine = linear.drive(world, GNC(0.7, source="gathered", seed=1), SAMPLES + 1)[0]  # type: ignore
     by_rank = world.allgather(mine.transpose(0, 1).contiguous(), name="seen").wait()
-    deviations_WP = reference.deviations(laws.examples().mean(dim=1))
+    deviations_WP = reference.deviations(linear.examples().mean(dim=1))
     covariance_PP = reference.gnc_gathered_covariance(
         deviations_WP, reference.expected_radius_scale(deviations_WP, 0.7))
     samples = by_rank.transpose(0, 1)[1:]
@@ -120,13 +118,13 @@ def check_gathered_displacements_have_their_law(world: World) -> None:
 
 @on("gloo-2", "mpi-4")
 def check_noise_on_the_gradient_has_its_law(world: World) -> None:
-    gradients_BP = laws.examples().flatten(0, 1)
-    workers_PP = reference.worker_covariance(laws.examples().mean(dim=1), laws.B_WORKER)
+    gradients_BP = linear.examples().flatten(0, 1)
+    workers_PP = reference.worker_covariance(linear.examples().mean(dim=1), linear.B_WORKER)
     for structure, source, covariance_PP in (
             ("full", "workers", workers_PP), ("isotropic", "workers", workers_PP),
             ("full", "examples", reference.example_second_moment(gradients_BP))):
         noise = CovarianceNoise(structure, M, source=source)
-        gradients = laws.drive(world, noise, SAMPLES)[1]  # type: ignore[arg-type]
+        gradients = linear.drive(world, noise, SAMPLES)[1]  # type: ignore[arg-type]
         assert_normal(gradients - gradients_BP.mean(dim=0), reference.noise_covariance(
             structure, covariance_PP, len(gradients_BP), M), f"{structure} from {source}")
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 import hvdnoise
 from hvdnoise.comm import World
-from tests.parallel.test_traps import sgd, step, step_by_hand, wrap
 from tests.parallel.toys import (
     Spy,
     assert_ranks_agree,
@@ -21,7 +20,11 @@ from tests.parallel.toys import (
     net,
     raised,
     same_bits,
+    sgd,
+    step,
+    step_by_hand,
     weights,
+    wrap,
 )
 
 WORLDS = ("gloo-2", "mpi-2")

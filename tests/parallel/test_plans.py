@@ -11,9 +11,9 @@ import torch
 
 from hvdnoise import GNC, comm
 from hvdnoise.comm import HorovodWorld, World
+from tests import runs
 from tests.checks import on
 from tests.toys import Net, build, relative_error, train, vector
-from tests.unit import test_steps as steps
 
 WORLDS = ["gloo-1", "gloo-2", "gloo-4", "mpi-1", "mpi-2", "mpi-4"]
 W = 4
@@ -31,14 +31,14 @@ def check_plans_are_the_dense_formula(world: World) -> None:
     for lag, plan in ((1, "allgather"), (1, "gather-only"), (1, "transpose"), (0, "transpose"),
                       (2, "allgather"), (2, "transpose")):
         case = ("gathered", "radius", False, lag, 2)
-        model, optimizer = build(world, steps.make_gnc(*case), V=W // world.size, exchange=plan,
-                                 bucket_bytes=100, learning_rates=steps.RATES)
+        model, optimizer = build(world, runs.make_gnc(*case), V=W // world.size, exchange=plan,
+                                 bucket_bytes=100, learning_rates=runs.RATES)
 
         def decay(step: int) -> None:
-            for group, rate in zip(optimizer.param_groups, steps.RATES):
+            for group, rate in zip(optimizer.param_groups, runs.RATES):
                 group["lr"] = rate * 0.8 ** step
-        steps.assert_same_run(train(model, optimizer, 4, before_step=decay),
-                              steps.dense_gnc(W, *case, steps=4))
+        runs.assert_same_run(train(model, optimizer, 4, before_step=decay),
+                             runs.dense_gnc(W, *case, steps=4))
 
 
 def check_replicas_stay_identical(world: World) -> None:

@@ -15,8 +15,17 @@ from torch import Tensor, nn
 
 import hvdnoise
 from hvdnoise.comm import World
-from tests.parallel.test_traps import sgd, step_by_hand, wrap
-from tests.parallel.toys import assert_ranks_agree, close, loss_of, net, same_bits, weights
+from tests.parallel.toys import (
+    assert_ranks_agree,
+    close,
+    loss_of,
+    net,
+    same_bits,
+    sgd,
+    step_by_hand,
+    weights,
+    wrap,
+)
 
 WORLDS = ("gloo-2", "mpi-4")
 SCALE = 2.0 ** 12

@@ -8,8 +8,7 @@ import torch
 
 import hvdnoise
 from hvdnoise.comm import World
-from tests.parallel.test_traps import step, wrap
-from tests.parallel.toys import assert_ranks_agree, loss_of, raised, words
+from tests.parallel.toys import assert_ranks_agree, loss_of, raised, step, words, wrap
 
 WORLDS = ("gloo-2",)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,33 +25,14 @@ from tests.parallel.toys import (
     mean_gradient,
     net,
     same_bits,
+    sgd,
+    step,
+    step_by_hand,
     weights,
+    wrap,
 )
 
 WORLDS = ("gloo-2", "mpi-2", "mpi-4")
-
-
-def sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-3)
-
-
-def wrap(model: nn.Module, inner: torch.optim.Optimizer | None = None, **options: Any) -> Any:
-    return hvdnoise.DistributedOptimizer(inner or sgd(model), model.named_parameters(), **options)
-
-
-def step_by_hand(world: World, model: nn.Module, optimizer: torch.optim.Optimizer, *key: int,
-                 change: Callable[[], Any] = lambda: None) -> None:
-    """A step on the mean gradient of all ranks; ``change`` may clip it."""
-    for p, grad in zip(model.parameters(), mean_gradient(model, range(world.size), *key)):
-        p.grad = grad
-    change()
-    optimizer.step()
-
-
-def step(world: World, model: nn.Module, optimizer: Any, *key: int) -> None:
-    optimizer.zero_grad()
-    loss_of(model, world.rank, *key).backward()
-    optimizer.step()
 
 
 @on("gloo-2")

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torchvision import datasets as torchvision_datasets
 
 from hvdnoise.comm import World
@@ -30,6 +29,7 @@ from hvdnoise.training.datasets import DATASETS
 from hvdnoise.training.folder import FolderImages
 from tests.fake_world import ThreadWorld, run_threads
 from tests.fashion import REAL
+from tests.folders import write_folders
 
 
 @pytest.fixture(autouse=True)
@@ -344,18 +344,6 @@ def test_damaged_cifar_is_never_unpickled(tmp_path: Path, world: World,
 
 
 # ---- folders of images ----
-
-def write_folders(root: Path, train: int = 3, val: int = 2, classes: str = "abc") -> None:
-    rng = np.random.default_rng(2)
-    for part, count in (("train", train), ("val", val)):
-        for name in classes:
-            (root / part / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 256, (40, 50, 3), np.uint8)
-                suffix = "png" if i % 2 else "jpg"
-                Image.fromarray(pixels).save(root / part / name / f"{i}.{suffix}")
-    Image.fromarray(np.zeros((30, 30), np.uint8)).save(root / "train" / classes[0] / "gray.png")
-
 
 def folder_config(root: Path, **options: object) -> DataConfig:
     return DataConfig("imagefolder", **{  # type: ignore[arg-type]

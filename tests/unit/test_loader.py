@@ -17,6 +17,7 @@ from torch import Tensor
 from hvdnoise.training import data
 from hvdnoise.training.augment import crop_and_flip, example_bits
 from hvdnoise.training.data import DataConfig
+from tests.folders import write_folders
 
 
 def small(**options: object) -> data.Datasets:
@@ -120,7 +121,6 @@ def test_evaluation_loads_every_example_once() -> None:
 
 @pytest.mark.slow
 def test_loader_processes_give_the_same_batches(tmp_path: Path) -> None:
-    from tests.unit.test_data import write_folders
     write_folders(tmp_path)
     folders = data.build(DataConfig("imagefolder", root=str(tmp_path), image_size=16), seed=3)
     for sets, batch in ((folders, 2), (small(), 8)):

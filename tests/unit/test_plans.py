@@ -14,12 +14,11 @@ from hvdnoise.exchange_plan import Shape
 from hvdnoise.mixing import Buffers, Wire, average, mix
 from hvdnoise.noise import StepContext
 from hvdnoise.plans import PLAIN, PLANS, choose
-from tests import reference
+from tests import linear, reference
 from tests.fake_world import ThreadWorld, run_threads
 from tests.laws import assert_normal
+from tests.runs import assert_same_run, dense_gnc, make_gnc, run
 from tests.toys import build, relative_error, train, vector
-from tests.unit import test_laws as laws
-from tests.unit.test_steps import assert_same_run, dense_gnc, make_gnc, run
 
 SAME = ("allgather", "gather-only", "transpose")  # plans of the same numbers
 SHAPES = [(2, 1), (3, 1), (2, 2), (4, 2), (7, 1)]
@@ -88,15 +87,15 @@ def test_gradients_that_are_not_finite_leave_no_trace(plan: str) -> None:
 @pytest.mark.slow
 def test_groups_mix_the_deviations_of_their_own_workers() -> None:
     """delta_i ~ N(0, s^2 D_g'D_g / (k-1)), independent, with s from the deviations of all."""
-    gradients_WP = laws.examples().mean(dim=1)
+    gradients_WP = linear.examples().mean(dim=1)
     s = reference.expected_radius_scale(reference.deviations(gradients_WP), 0.7)
-    blocks = np.zeros((4 * laws.P, 4 * laws.P))
+    blocks = np.zeros((4 * linear.P, 4 * linear.P))
     for worker in range(4):
         pair = gradients_WP[worker // 2 * 2:worker // 2 * 2 + 2]
-        place = slice(worker * laws.P, (worker + 1) * laws.P)
+        place = slice(worker * linear.P, (worker + 1) * linear.P)
         blocks[place, place] = reference.gnc_gathered_covariance(reference.deviations(pair), s)
-    samples = laws.all_displacements(lambda: GNC(0.7, source="gathered", seed=1), 4, 300,
-                                     exchange="group:2")
+    samples = linear.all_displacements(lambda: GNC(0.7, source="gathered", seed=1), 4, 300,
+                                       exchange="group:2")
     assert_normal(samples.flatten(1), blocks, "groups of two")
 
 
@@ -112,11 +111,11 @@ def test_16_bits_stay_within_their_bound(plan: str, precision: str, share: float
     make = lambda: GNC(lr=1.0, source="gathered")  # noqa: E731
 
     def displaced(which: str) -> Any:  # (1, W, P), at the learning rate 1
-        return laws.all_displacements(make, 4, 1, learning_rate=1.0, exchange=plan,
-                                      noise_precision=which)[0]
+        return linear.all_displacements(make, 4, 1, learning_rate=1.0, exchange=plan,
+                                        noise_precision=which)[0]
     exact, rounded = displaced("fp32"), displaced(precision)
     error = (rounded - exact).abs()
-    deviations_WP = torch.from_numpy(reference.deviations(laws.examples().mean(dim=1)))
+    deviations_WP = torch.from_numpy(reference.deviations(linear.examples().mean(dim=1)))
     weights_WW = make().mixing_weights(range(4), range(4), laws_context())
     bound = exact.abs() if plan == "transpose" else weights_WW.abs() @ deviations_WP.abs()
     assert bool((error <= share * bound * 1.001).all()) and float(error.max()) > 0

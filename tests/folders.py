@@ -1,0 +1,20 @@
+"""Folders of images, as an imagefolder data set has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def write_folders(root: Path, train: int = 3, val: int = 2, classes: str = "abc") -> None:
+    rng = np.random.default_rng(2)
+    for part, count in (("train", train), ("val", val)):
+        for name in classes:
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (40, 50, 3), np.uint8)
+                suffix = "png" if i % 2 else "jpg"
+                Image.fromarray(pixels).save(root / part / name / f"{i}.{suffix}")
+    Image.fromarray(np.zeros((30, 30), np.uint8)).save(root / "train" / classes[0] / "gray.png")
