@@ -182,7 +182,10 @@ class MeanNoise(Noise):
 
     @abstractmethod
     def mean_noise(self, bucket: Bucket, observation: Observation, context: StepContext) -> Tensor:
-        """(N,): what is added to the mean gradient; the same bits on every rank."""
+        """(N,): what is added to the mean gradient; the same bits on every rank.
+
+        The observation's statistics are the noise's own: it may write into them and keep them.
+        """
 
 
 class WeightNoise(Noise):

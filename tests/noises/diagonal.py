@@ -14,6 +14,8 @@ from hvdnoise.buckets import Bucket
 from hvdnoise.noise.base import MeanNoise, Observation, ObservingNoise, Statistics, StepContext
 from hvdnoise.noise.emulated import EmulatedBatchNoise
 
+CACHED = 2 ** 17  # numbers that stay in a processor's cache
+
 
 @register_noise("diagonal-example")
 class Diagonal(EmulatedBatchNoise, MeanNoise, ObservingNoise):
@@ -42,13 +44,15 @@ class Diagonal(EmulatedBatchNoise, MeanNoise, ObservingNoise):
             out.addcmul_(deviation_n, deviation_n)
 
     def mean_noise(self, bucket: Bucket, observation: Observation, context: StepContext) -> Tensor:
-        squares_N = observation.statistics[bucket.index]
-        before_N = context.state.get(bucket.key, squares_N)
+        mean_N = observation.statistics[bucket.index]  # ours now: it becomes the running mean
+        before_N = context.state.get(bucket.key, mean_N)
         weight = context.state.get(f"{bucket.key} weight", 0.0)
         weight = weight * self.decay + (1 - self.decay)  # of all squares so far: 1 - decay^t
-        mean_N = before_N.lerp(squares_N, (1 - self.decay) / weight)
+        mean_N.lerp_(before_N, 1 - (1 - self.decay) / weight)
         context.state[bucket.key], context.state[f"{bucket.key} weight"] = mean_N, weight
         factor = self.examples(context) / (context.num_workers - 1) * self.missing_variance(context)
         noise_N = streams.normal(bucket.size, self.seed, "diagonal", context.step, bucket.index,
                                  device=bucket.device, dtype=bucket.dtype)
-        return noise_N.mul_(mean_N.mul(factor).sqrt_())
+        for noise_n, mean_n in zip(noise_N.split(CACHED), mean_N.split(CACHED)):
+            noise_n.mul_(mean_n.mul(factor).sqrt_())
+        return noise_N
