@@ -156,14 +156,13 @@ class NoiseState:
         due = self._past[0] if len(self._past) == self._past.maxlen else None
         if not self._weights.are_of(due, v):
             self._weights.form(due, v, self.context(), learning_rates, measure=self.measure)
-            self._note_memory()
+            self._note_memory(self._weights.memory)
         return self._weights.terms
 
-    def _note_memory(self) -> None:
+    def _note_memory(self, displaced: int = 0) -> None:
+        """The displaced weights are gone before the rows of the step are there."""
         held = sum(each.memory for each in (*self._past, self._pending) if each is not None)
-        if self._weights is not None:
-            held += self._weights.memory
-        self.memory = max(self.memory, held)
+        self.memory = max(self.memory, held + displaced)
 
     def check_displaced(self, p: Tensor, v: int, learning_rates: Rates, *, by_hand: bool = False
                         ) -> None:
