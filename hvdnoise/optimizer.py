@@ -160,7 +160,7 @@ class _DistributedOptimizer(Wrapper):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backward passes inside are not exchanged, and count for nothing but ``p.grad``.
+        """Backward passes inside are not exchanged, and are none of the step's passes.
 
         Their gradients stay this rank's own and add up in ``p.grad``; the next backward pass
         outside exchanges the sum.

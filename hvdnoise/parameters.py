@@ -23,9 +23,6 @@ class OptimizerParameters:
     Attributes:
         sparse: parameters whose gradients travel as sparse tensors, with their names.
         layout: of all others that require a gradient.
-
-    Raises:
-        ValueError: when another optimizer has one of the parameters.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, names: dict[Tensor, str], *,
@@ -34,8 +31,7 @@ class OptimizerParameters:
         self.sparse: dict[Tensor, str] = {}
         self._optimizer, self._bucket_bytes, self._groups = optimizer, bucket_bytes, groups
         self._hooked: set[Tensor] = set()  # no WeakSet, which compares tensors by their numbers
-        self._name()
-        self.layout = self._lay_out()
+        self.layout: Layout  # made by `lay_out`
 
     @property
     def description(self) -> str:
@@ -65,22 +61,23 @@ class OptimizerParameters:
         return fingerprint(self._trained()) != self.layout.fingerprint
 
     def lay_out(self, hook: Callable[[Tensor], None]) -> None:
-        """Make the layout for the parameters as they are now, and hook the new ones."""
+        """Make the layout for the parameters as they are now, and hook the new ones.
+
+        Raises:
+            ValueError: when another optimizer has one of the parameters.
+        """
         self._name()
         for p in self.all():
             if p.requires_grad and p not in self._hooked:
                 self._hooked.add(p)
                 p.register_post_accumulate_grad_hook(hook)
-        self.layout = self._lay_out()
+        order = {p: place for place, p in enumerate(self.names)}  # of registration, if named
+        trained = sorted(self._trained(), key=order.__getitem__)
+        self.layout = build_layout([(self.names[p], p) for p in trained], groups=self._groups,
+                                   bucket_bytes=self._bucket_bytes)
 
     def _trained(self) -> list[Tensor]:
         return [p for p in self.all() if p.requires_grad and p not in self.sparse]
-
-    def _lay_out(self) -> Layout:
-        order = {p: place for place, p in enumerate(self.names)}  # of registration, if named
-        trained = sorted(self._trained(), key=order.__getitem__)
-        return build_layout([(self.names[p], p) for p in trained], bucket_bytes=self._bucket_bytes,
-                            groups=self._groups)
 
     def _name(self) -> None:
         """Give every parameter a name and this owner."""
