@@ -80,7 +80,8 @@ class FinishOrder:
             handle, mine = self._announced.popleft()
             count, total, squares = handle.wait().tolist()
             if count * squares != total * total:
-                self._silent = True
+                self._silent = True  # told once
+                self._announced.clear()
                 others = sorted({each.description for each in self._live} - {mine})
                 raise RuntimeError(
                     f"the ranks finish their exchanges in different orders: this one came to "
