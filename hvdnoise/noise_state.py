@@ -24,9 +24,11 @@ from hvdnoise.noise.base import (
     ExampleNoise,
     MeanNoise,
     Noise,
+    Observation,
     StepContext,
     WeightNoise,
     WorkerNoise,
+    check_returned,
 )
 from hvdnoise.pending import PendingObservation
 from hvdnoise.watch import ModelWatch
@@ -240,15 +242,21 @@ class NoiseState:
         """Add the noise to the mean gradients, where it acts on them."""
         if not isinstance(self.noise, MeanNoise):
             return
-        observation = self._pending
-        assert observation is not None
+        observation = self._pending or self._unobserved(exchange)
         context = self.context(observation.examples / (self.world.size * self.virtual_workers))
         scale = self._current_loss_scale()
         for bucket, reduced_N in exchange.reduced():
             noise_N = self.noise.mean_noise(bucket, observation, context)
+            check_returned(self.noise, "mean_noise", noise_N, (bucket.size,))
             reduced_N.add_(noise_N, alpha=scale)
             if self.measure:
                 self._added_square += square(noise_N)
+
+    def _unobserved(self, exchange: Exchange) -> Observation:
+        """For a noise that does not observe: the examples alone."""
+        examples = torch.tensor([self.examples()], dtype=torch.float64)
+        handle = self.world.allreduce_(examples, name=f"{exchange.label}.examples", op="sum")
+        return Observation(exchange.layout, {}, {}, float(handle.wait()))
 
     def measure_norms(self, exchange: Exchange) -> None:
         """Compute `measured`, if it is wanted."""

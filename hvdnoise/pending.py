@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from hvdnoise.buckets import Bucket, Layout, layout_of
-from hvdnoise.noise.base import MixingNoise, Noise, Observation, ObservingNoise, StepContext
+from hvdnoise.noise.base import (
+    MixingNoise,
+    Noise,
+    Observation,
+    ObservingNoise,
+    StepContext,
+    check_returned,
+)
 from hvdnoise.world import Handle, World
 
 
@@ -77,7 +84,12 @@ class PendingObservation(Observation):
         assert isinstance(self.noise, MixingNoise)
         key = workers, peers
         if key not in self._weights:
-            self._weights[key] = self.noise.mixing_weights(*key, self.context) / self._scale
+            weights = self.noise.mixing_weights(*key, self.context)
+            check_returned(self.noise, "mixing_weights", weights, (len(workers), len(peers)))
+            if weights.sum(dim=1).abs().max() > 1e-6 * (1 + weights.abs().max()):
+                raise ValueError(f"{type(self.noise).__name__}.mixing_weights: a row does not add "
+                                 "up to 0; subtract its mean")
+            self._weights[key] = weights / self._scale
         return self._weights[key]
 
     def unscale_(self, rows_VN: Tensor) -> None:

@@ -325,7 +325,7 @@ def choose(exchange: str, shape: Shape, *, mixes: bool, plain_mean: bool = True,
             raise ValueError(f"exchange={exchange!r} with noise_precision={shape.precision!r} is "
                              "for noise that mixes the workers' deviations, such as "
                              "GNC(source=\"gathered\"): leave both at their defaults")
-        return Choice(PLAIN, 1, "nothing but the gradients travels")
+        return Choice(PLAIN, 1, "no worker needs the rows of others")
     if shape.ranks == 1:
         return Choice(PLAIN, 1, "there is one rank")
     if name != "auto":

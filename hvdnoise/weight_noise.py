@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hvdnoise.displacement import Term
 from hvdnoise.mixing import square
-from hvdnoise.noise.base import StepContext, WeightNoise
+from hvdnoise.noise.base import StepContext, WeightNoise, check_returned
 from hvdnoise.pending import PendingObservation
 from hvdnoise.watch import ModelWatch
 
@@ -86,6 +86,8 @@ class Displacements:
             clean = [p.detach() for p in bucket.parameters]
             rates = [rate.get(p) for p in bucket.parameters]
             unit_N, factors = self._noise.displacement(bucket, v, clean, rates, due, context)
+            check_returned(self._noise, "displacement", unit_N, (bucket.size,))
+            check_returned(self._noise, "displacement", factors, (len(rates),))
             for t, p in enumerate(bucket.parameters):
                 if factors[t] and p.shape == bucket.shapes[t]:
                     self.terms[p] = Term(bucket.view(unit_N, t), factors[t], v)

@@ -62,7 +62,7 @@ class Statistics:
 
     Args:
         per_bucket: numbers of a bucket, float64.
-        per_parameter: numbers of each parameter, float64.
+        per_parameter: numbers of each parameter, float64; in an order of the noise's choice.
         elementwise: one for each number of the bucket, in its dtype but at least float32.
     """
 
@@ -204,7 +204,8 @@ class WeightNoise(Noise):
             observation: of the step ``lag`` steps before.
 
         Returns:
-            (N,) numbers, which are not changed afterwards, and a factor for each parameter.
+            A pair: (N,) numbers, which may be the observation's and are not changed afterwards, and
+            a factor for each parameter. The delta of a parameter is its factor times its numbers.
         """
 
 
@@ -238,6 +239,11 @@ def check_noise(noise: object, num_workers: int = 0) -> None:
     wanted: list[type | tuple[type, ...]] = [(WorkerNoise, ExampleNoise, MeanNoise, WeightNoise)]
     wanted += [ObservingNoise] if noise.statistics is not None else []
     wanted += [MixingNoise] if noise.mixes else []
+    if isinstance(noise, ObservingNoise) and isinstance(noise, MeanNoise) and not noise.statistics:
+        raise TypeError(f"{type(noise).__name__} has observe() and no statistics: set statistics = "
+                        "Statistics(...)")
+    if not hasattr(noise, "seed"):
+        raise TypeError(f"{type(noise).__name__} has no seed: call super().__init__(seed=seed)")
     for kinds in wanted:
         if not isinstance(noise, kinds):
             names = [kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,))]
@@ -247,6 +253,19 @@ def check_noise(noise: object, num_workers: int = 0) -> None:
         raise ValueError(f"{type(noise).__name__} needs deviations between at least "
                          f"{noise.min_workers} workers and there is {num_workers}: start more "
                          "ranks, or pass virtual_workers=2 or more and as many backward passes")
+
+
+def check_returned(noise: Noise, call: str, value: Any, shape: tuple[int, ...]) -> None:
+    """Refuse what a noise returned, if it is not of this shape.
+
+    Raises:
+        ValueError: naming the noise, the call, and the shape that it needs.
+    """
+    found = tuple(value.shape) if isinstance(value, Tensor) else \
+        (len(value),) if isinstance(value, (list, tuple)) else type(value).__name__
+    if found != shape:
+        raise ValueError(f"{type(noise).__name__}.{call}: it returned {found} where the shape "
+                         f"{shape} is needed")
 
 
 def at_step(schedule: Schedule, step: int) -> float:
@@ -272,7 +291,7 @@ def square_norm(part: Tensor) -> Tensor:
 
 
 def square_norms(part_Kn: Tensor, bucket: Bucket, start: int) -> Tensor:
-    """(T,) float64: for each parameter of the bucket the sum of squares that the part holds."""
+    """(T,) float64: for each parameter of the bucket, the sum of its squares in all rows there."""
     squares = torch.zeros(len(bucket.sizes), dtype=torch.float64, device=part_Kn.device)
     stop = start + part_Kn.shape[1]
     first = bisect_right(bucket.starts, start) - 1

@@ -58,7 +58,10 @@ def options_of(maker: Maker) -> dict[str, Option]:
                 continue
             if each.kind is each.POSITIONAL_ONLY:
                 raise ValueError(f"{name_of(maker)}: {each.name!r} cannot be given by name")
-            hint, schedule = _plain(hints.get(each.name, Any))
+            if each.name not in hints:
+                raise ValueError(f"{name_of(maker)}: {each.name!r} has no type hint: give it one, "
+                                 "such as float")
+            hint, schedule = _plain(hints[each.name])
             if hint is None:
                 raise ValueError(f"{name_of(maker)}: {each.name!r} is no number, text, list or "
                                  "choice of these, which a trainer could give it")

@@ -130,9 +130,9 @@ def _noise(config: PlanConfig, run: Outline) -> str:
     name = " ".join([noise.kind, *details])
     if run.mixes:
         return f"{name}, lag {_lag(config)}"
-    if run.statistics_bytes < run.parameters:
+    if not run.statistics_bytes:
         return f"{name}: it needs no exchange, the allreduce of the gradients is all that travels"
-    return f"{name}: it needs no exchange but {run.statistics_bytes / _MB:.4g} MB of statistics"
+    return f"{name}: it needs no exchange but {run.statistics_bytes:,} bytes of statistics"
 
 
 def _lag(config: PlanConfig) -> int:

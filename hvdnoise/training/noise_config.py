@@ -9,7 +9,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Literal, Mapping
 
-from hvdnoise.noise.base import Noise
+from hvdnoise.noise.base import Noise, check_noise
 from hvdnoise.noise.registry import BUILT_IN, find, kinds, make_noise, noise_options, supplied
 from hvdnoise.noise.signature import REQUIRED, Option, summary
 from hvdnoise.training.errors import ConfigError
@@ -82,8 +82,13 @@ class NoiseConfig:
             if option.schedule and final is not None and name in options:
                 options[name] = _linear(options[name], final, total_steps)
         known = {"seed": seed, "batch_size": batch_size}
-        return make_noise(self.kind, **options, **{name: known[name]
-                                                   for name in supplied(self.kind)})
+        try:
+            noise = make_noise(self.kind, **options, **{name: known[name]
+                                                        for name in supplied(self.kind)})
+            check_noise(noise)
+        except TypeError as error:  # of a registered class
+            raise ConfigError(f"noise.kind={self.kind}: {' '.join(str(error).split())}") from error
+        return noise
 
     @classmethod
     def schema(cls, chosen: str = "none") -> type:

@@ -1,4 +1,4 @@
-"""A noise of each of the other kinds, as small as it can be."""
+"""A noise of each of the other kinds, and one that observes nothing; as small as they can be."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hvdnoise import register_noise, streams
 from hvdnoise.buckets import Bucket
 from hvdnoise.noise.base import (
     ExampleNoise,
+    MeanNoise,
     MixingNoise,
     Observation,
     ObservingNoise,
@@ -95,3 +96,22 @@ class Neighbour(MixingNoise):
                      learning_rates: Sequence[float | None], observation: Observation,
                      context: StepContext) -> tuple[Tensor, list[float]]:
         return observation.rows[bucket.index][v], [self.size] * len(clean)
+
+
+@register_noise("white-example")
+class White(MeanNoise):
+    """White noise on the mean gradient, whatever the gradients are.
+
+    Args:
+        size: its standard deviation for one example a step.
+        seed: the same on all ranks.
+    """
+
+    def __init__(self, size: float, *, seed: int = 0) -> None:
+        super().__init__(seed=seed)
+        self.size = size
+
+    def mean_noise(self, bucket: Bucket, observation: Observation, context: StepContext) -> Tensor:
+        noise_N = streams.normal(bucket.size, self.seed, "white", context.step, bucket.index,
+                                 device=bucket.device, dtype=bucket.dtype)
+        return noise_N.mul_(self.size / observation.examples ** 0.5)

@@ -17,7 +17,7 @@ from hvdnoise.bench.variants import SETS, Variant, names, parse
 from hvdnoise.exchange_plan import Shape
 from hvdnoise.noise import GNC
 from hvdnoise.noise.base import ExampleNoise, MeanNoise, WorkerNoise
-from hvdnoise.noise.emulated import EmulatedBatchNoise
+from hvdnoise.noise.full_examples import FullExampleCovariance
 from hvdnoise.plans import PLAIN
 from hvdnoise.training import plugins
 from hvdnoise.training.config import ConfigError
@@ -144,7 +144,7 @@ def test_its_wrong_options_are_one_line(scaled: None, name: str, says: str) -> N
 def test_a_registered_covariance_is_a_variant() -> None:
     with forgotten_afterwards():
         @register_covariance("low-rank", "examples")
-        class LowRank(EmulatedBatchNoise):
+        class LowRank(FullExampleCovariance):
             def __init__(self, emulated_batch: int, *, rank: int = 3, **options: Any) -> None:
                 super().__init__(emulated_batch, **options)
                 self.rank = rank

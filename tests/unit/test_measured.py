@@ -13,6 +13,8 @@ from tests import reference
 from tests.fake_world import ThreadWorld, run_threads
 from tests.toys import Dense, Record, build, relative_error, train
 
+pytestmark = pytest.mark.slow
+
 W, STEPS, M = 4, 3, 3
 SCALES = {"lr": 2.0, "radius": 0.4}
 NOISES: dict[str, Any] = {

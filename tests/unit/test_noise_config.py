@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
+import torch
 import yaml
+from torch import Tensor
 
 from hvdnoise import GNC, register_covariance, register_noise
-from hvdnoise.noise import Noise
-from hvdnoise.noise.base import Schedule
-from hvdnoise.noise.emulated import EmulatedBatchNoise
+from hvdnoise.noise.base import Schedule, StepContext, WorkerNoise
+from hvdnoise.noise.full_workers import FullWorkerCovariance
 from hvdnoise.training.config import ConfigError, NoiseConfig, TrainConfig, flatten, nested
 from hvdnoise.training.options import parse
 from tests.noises import forgotten_afterwards
@@ -24,7 +25,7 @@ OLD_KEYS = {f"noise.{name}" for name in ("kind", "source", "radius", "lr", "rela
                                          "lag", "structure", "emulated_batch")}
 
 
-class Made(Noise):
+class Made(WorkerNoise):
     """Some noise.
 
     Args:
@@ -39,6 +40,9 @@ class Made(Noise):
         super().__init__(seed=seed)
         self.told = {"height": height, "source": source, "sharp": sharp, "parts": parts,
                      "batch_size": batch_size}
+
+    def worker_weights(self, context: StepContext) -> Tensor:
+        return torch.ones(context.num_workers, dtype=torch.float64)
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +161,7 @@ def test_what_a_run_writes_is_what_it_reads(tmp_path: Path) -> None:
 
 def test_options_of_a_covariance_are_flags() -> None:
     @register_covariance("low-rank", "workers")
-    class LowRank(EmulatedBatchNoise):
+    class LowRank(FullWorkerCovariance):
         """Args of its own.
 
         Args:

@@ -56,6 +56,12 @@ def half_run(dense: Dense) -> None:
         dense.update(total_P)  # type: ignore[arg-type]
 
 
+def white_run(dense: Dense) -> None:
+    for step in range(STEPS):
+        mean_P = dense.worker_gradients(step).mean(axis=0)
+        dense.update(mean_P + 0.5 / np.sqrt(W * B) * dense.normals("white", step, seed=3))
+
+
 def displaced_run(dense: Dense, form: Callable[[Array], Array]) -> None:
     displacements_WP: Any = 0.0
     for step in range(STEPS):
@@ -68,6 +74,7 @@ EXPECTED: dict[str, tuple[dict[str, Any], Callable[[Dense], None]]] = {
     "diagonal-example": ({"emulated_batch": M, "decay": 0.7}, diagonal_run),
     "one-worker-example": ({}, one_worker_run),
     "half-example": ({}, half_run),
+    "white-example": ({"size": 0.5}, white_run),
     "uphill-example": ({"size": 0.3}, lambda dense: displaced_run(
         dense, lambda d_WP: 0.3 * d_WP / np.abs(d_WP).sum())),
     "neighbour-example": ({"size": 0.3}, lambda dense: displaced_run(
@@ -160,6 +167,40 @@ def test_statistics_count_in_the_plan_and_the_bench() -> None:
     assert received == 4 * run.parameters + run.statistics_bytes  # of 2 ranks
     variant = variants.parse("diagonal-example")
     assert variant.predicted_bytes("allreduce", 1000, 2, 1, 4008) == 4000 + 4008
+
+
+def short(noise: Any, size: int) -> Any:
+    """What a noise returns, cut short."""
+    for call in ("mean_noise", "mixing_weights"):
+        if hasattr(noise, call):
+            full = getattr(noise, call)
+            setattr(noise, call, lambda *each: full(*each)[..., :size])
+            return noise
+    full = noise.displacement
+    noise.displacement = lambda *each: (full(*each)[0], full(*each)[1][:size])
+    return noise
+
+
+@pytest.mark.parametrize("kind, call", [
+    ("white-example", "mean_noise"), ("diagonal-example", "mean_noise"),
+    ("neighbour-example", "mixing_weights"), ("uphill-example", "displacement")])
+def test_what_a_noise_returns_is_checked(kind: str, call: str) -> None:
+    def work(world: ThreadWorld) -> None:
+        model, optimizer = build(world, short(make(kind), 1), V=2)
+        with pytest.raises(ValueError, match=f"{call}: it returned .* is needed"):
+            train(model, optimizer, 2, b=B)
+    run_threads(1, work)
+
+
+def test_rows_of_mixing_weights_add_up_to_0() -> None:
+    def work(world: ThreadWorld) -> None:
+        noise = make("neighbour-example")
+        noise.mixing_weights = lambda workers, peers, context: torch.ones(
+            len(workers), len(peers), dtype=torch.float64)
+        model, optimizer = build(world, noise, V=2)
+        with pytest.raises(ValueError, match="add up to 0; subtract its mean"):
+            train(model, optimizer, 1, b=B)
+    run_threads(1, work)
 
 
 def test_a_running_mean_of_other_parameters_is_refused() -> None:

@@ -27,6 +27,8 @@ from tests.runs import (
 )
 from tests.toys import build, relative_error, train
 
+pytestmark = pytest.mark.slow
+
 WORLDS = [(1, 2), (1, 4), (2, 1), (3, 1), (2, 2), (5, 1), (3, 2), (7, 1), (2, 4), (4, 2), (8, 1)]
 
 
