@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any, Callable, TypeVar, overload
 
 from hvdnoise.noise.base import Noise
@@ -74,7 +75,15 @@ def make_noise(kind: str, **options: Any) -> Noise | None:
     Raises:
         ValueError: for an unknown name or a bad option.
     """
-    return None if kind == "none" else find(kind)(**options)
+    if kind == "none":
+        return None
+    maker = find(kind)
+    try:
+        inspect.signature(maker).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"noise kind={kind!r}: {error}; its options are "
+                         f"{', '.join(options_of(maker))}") from error
+    return maker(**options)
 
 
 def noise_options(kind: str) -> dict[str, Option]:

@@ -192,6 +192,14 @@ def test_what_a_noise_returns_is_checked(kind: str, call: str) -> None:
     run_threads(1, work)
 
 
+@pytest.mark.parametrize("options, says", [
+    ({"emulated_batch": 4, "dekay": 0.5}, "dekay"), ({}, "emulated_batch")])
+def test_a_wrong_option_is_told(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=f"{says}.*its options are.*decay") as caught:
+        make_noise("diagonal-example", **options)
+    assert "\n" not in str(caught.value)
+
+
 def test_rows_of_mixing_weights_add_up_to_0() -> None:
     def work(world: ThreadWorld) -> None:
         noise = make("neighbour-example")
