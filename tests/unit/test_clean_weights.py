@@ -24,6 +24,8 @@ from hvdnoise import GNC
 from tests.fake_world import Meeting, ThreadWorld
 from tests.toys import Net, batch, build, losses, relative_error, seen, train, vector
 
+pytestmark = pytest.mark.slow
+
 
 def alone() -> ThreadWorld:
     return ThreadWorld(Meeting(1, 1.0), 0)
