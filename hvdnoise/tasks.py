@@ -168,8 +168,8 @@ class ExchangeScheduler:
         self._tasks: deque[BucketTask] = deque()  # in the order of their buckets, older first
 
     def add(self, tasks: Sequence[BucketTask]) -> None:
-        """The tasks of a new step; those of a step that broke off, and never started, go."""
-        self._tasks = deque(task for task in self._tasks if task.ready)
+        """The tasks of a new step; those that are over go, and those that will never be ready."""
+        self._tasks = deque(task for task in self._tasks if task.ready and not task.over)
         self._tasks.extend(tasks)
 
     def advance(self) -> None:

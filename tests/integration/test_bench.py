@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hvdnoise.bench.variants import PLANS, SETS
+from hvdnoise.bench.variants import CHOICES, SETS
 from tests.integration.running import error_lines, hvdnoise
 from tests.launcher import Ended, run_command
 
@@ -59,7 +59,7 @@ def test_gloo_bytes_memory_and_weights(tmp_path: Path) -> None:
     assert "2 ranks on 1 host, horovodrun (Gloo)" in ended.output
 
 
-EACH_PLAN = ["gathered", *(f"gathered:{plan}" for plan in PLANS if plan != "auto")]
+EACH_PLAN = ["gathered", *(f"gathered:{plan}" for plan in CHOICES if plan != "auto")]
 
 
 @pytest.mark.parametrize("ranks, launcher, names", [

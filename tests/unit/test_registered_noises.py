@@ -6,6 +6,8 @@ checkpoints and dropped steps is then tested for it, too.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any, Callable, Iterator
 
 import numpy as np
@@ -143,6 +145,24 @@ def test_a_dropped_step_and_a_resumed_run_change_nothing(kind: str) -> None:
         return through, vector(model.parameters())
     for through, resumed in run_threads(2, work):
         assert torch.equal(through, resumed)
+
+
+def test_observations_that_were_used_are_gone() -> None:
+    def work(world: ThreadWorld) -> int:
+        seen: list[weakref.ref[Any]] = []
+        noise = make("uphill-example")
+        form = noise.displacement
+
+        def displacement(bucket: Any, v: int, clean: Any, rates: Any, observation: Any,
+                         context: Any) -> Any:
+            seen.append(weakref.ref(observation))
+            return form(bucket, v, clean, rates, observation, context)
+        noise.displacement = displacement
+        model, optimizer = build(world, noise, V=2)
+        train(model, optimizer, 8, b=B)
+        gc.collect()
+        return len({id(each()) for each in seen if each() is not None})
+    assert run_threads(2, work) == [0, 0]  # the last one was not used yet
 
 
 def test_a_checkpoint_holds_the_running_mean_and_nothing_more() -> None:
