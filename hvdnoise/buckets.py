@@ -121,6 +121,12 @@ def build_layout(named_parameters: Sequence[tuple[str, Tensor]], *, bucket_bytes
     return _layout([same for part in parts for same in _split_by_kind(part)])
 
 
+def default_layout(named_parameters: Sequence[tuple[str, Tensor]]) -> Layout:
+    """The layout of parameters for which the user gives no limit."""
+    limit = default_bucket_bytes(sum(p.nbytes for _, p in named_parameters))
+    return build_layout(named_parameters, bucket_bytes=limit)
+
+
 def layout_of(names: Sequence[Sequence[str]], by_name: Mapping[str, Tensor]) -> Layout | None:
     """The layout whose buckets hold the parameters of these names; None where one is unknown."""
     if any(name not in by_name for part in names for name in part):

@@ -18,7 +18,7 @@ from hvdnoise import comm
 from hvdnoise.bench.config import BenchConfig
 from hvdnoise.bench.models import Problem
 from hvdnoise.bench.variants import Variant
-from hvdnoise.buckets import build_layout, default_bucket_bytes
+from hvdnoise.buckets import default_layout
 from hvdnoise.optimizer import DistributedOptimizer
 from hvdnoise.plans import PLAIN
 from hvdnoise.wrapping import Wrapper
@@ -39,9 +39,8 @@ class Runner:
     def facts(self, ranks: int, group_size: int) -> dict[str, Any]:
         """What it says of itself, and what the plan says of it. Bytes per step."""
         plan = getattr(self.optimizer, "exchange_plan", PLAIN.name)
-        named, noise = list(self.model.named_parameters()), getattr(self.optimizer, "noise", None)
-        layout = build_layout(named, bucket_bytes=default_bucket_bytes(sum(
-            p.nbytes for _, p in named)))
+        noise = getattr(self.optimizer, "noise", None)
+        layout = default_layout(list(self.model.named_parameters()))
         summed = noise.statistics_bytes(layout) if noise is not None else 0
         return {"name": self.variant.name, "plan": plan,
                 "reason": getattr(self.optimizer, "exchange_reason", ""),

@@ -78,7 +78,7 @@ class Statistics:
         return torch.zeros(size, dtype=dtype, device=device or bucket.device)
 
 
-@dataclass
+@dataclass(eq=False)  # the same one or another; its tensors are not compared
 class Observation:
     """What one step showed of the workers' deviations, by the index of the bucket.
 

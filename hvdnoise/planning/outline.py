@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hvdnoise.buckets import Layout, build_layout, default_bucket_bytes
+from hvdnoise.buckets import Layout, default_layout
 from hvdnoise.exchange_plan import Shape
 from hvdnoise.planning.config import PlanConfig
 from hvdnoise.plans import Choice, choose
@@ -128,5 +128,4 @@ def model_layout(model: str, classes: int, image_shape: tuple[int, int, int]) ->
             built = models.build(model, classes, image_shape)
     except ValueError:  # some of torchvision's look at their numbers; or it is a real misfit
         built = models.build(model, classes, image_shape)
-    named = list(built.named_parameters())
-    return build_layout(named, bucket_bytes=default_bucket_bytes(sum(p.nbytes for _, p in named)))
+    return default_layout(list(built.named_parameters()))
