@@ -7,6 +7,7 @@ Importing this module does not import torchvision, so that a wrong setting is re
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataRecord:
+class DataRecord(ABC):
     """A data set.
 
-    A subclass gives `arrays`, or `load` where the images do not fit into memory, and `prepare`
-    where there are files.
+    A subclass gives `load`, and `prepare` where there are files; see `ArrayRecord`.
 
     Args:
         name: what `DataConfig` calls it.
@@ -76,8 +76,16 @@ class DataRecord:
         """
         return None
 
+    @abstractmethod
     def load(self, config: DataConfig, seed: int, part: str) -> tuple[Images, int]:
         """The images of a part, "train" or "test", and the number of classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayRecord(DataRecord):
+    """A data set whose images fit into memory. A subclass gives `arrays`."""
+
+    def load(self, config: DataConfig, seed: int, part: str) -> tuple[Images, int]:
         from hvdnoise.training.images import ArrayImages
         images, labels = self.arrays(config, seed, part)
         assert images.shape[1:] == self.shape(config), f"{self.name}: {images.shape}"
@@ -87,13 +95,13 @@ class DataRecord:
                             padding=padding, seed=seed)
         return found, self.count(config)[1]
 
+    @abstractmethod
     def arrays(self, config: DataConfig, seed: int, part: str) -> Arrays:
         """All images (N, C, H, W) of a part, "train" or "test", and their labels (N,)."""
-        raise NotImplementedError(f"{type(self).__name__} gives neither arrays nor load")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Torchvision(DataRecord):
+class _Torchvision(ArrayRecord):
     """A data set that torchvision reads from unpacked files.
 
     Args:
@@ -175,7 +183,7 @@ class _Folders(DataRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Synthetic(DataRecord):
+class _Synthetic(ArrayRecord):
     """Images that are drawn; their number, classes and size are settings."""
 
     def count(self, config: DataConfig) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from hvdnoise.planning.outline import outline
 from hvdnoise.training import data
 from hvdnoise.training.config import ConfigError, TrainConfig
 from hvdnoise.training.data import DataConfig, DataError, DataSpec
-from hvdnoise.training.datasets import DATASETS, DataRecord
+from hvdnoise.training.datasets import DATASETS, ArrayRecord, DataRecord
 from hvdnoise.training.options import parse
 from tests.fake_world import run_threads
 
@@ -28,7 +28,7 @@ RECORDS = PACKAGE / "training" / "datasets.py"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stripes(DataRecord):
+class Stripes(ArrayRecord):
     """Gray images, drawn; `prepare` leaves a file, so that it can be seen at work."""
 
     def prepare(self, config: DataConfig) -> None:
