@@ -240,9 +240,9 @@ class StepRunner:
         self._check_whole()
         self._touched = True
         if self._synced:
-            self.noise.check_weighed()
             if self._under_way or self.reduced:
                 self._begin_next_step(p)
+            self.noise.check_weighed()
             if self.done == 0:
                 self.prepare()
                 self._start_exchange()

@@ -22,6 +22,7 @@ import pytest
 
 from hvdnoise.exchange_plan import Shape
 from hvdnoise.planning.predict import Cluster, predict
+from hvdnoise.plans import PLANS
 from tests import cluster
 from tests.launcher import LAUNCHERS, launch
 
@@ -140,7 +141,7 @@ def predictions(names: list[str], shape: Shape, hosts: int, per_host: int) -> di
     found = {}
     for name in names:
         plan, _, precision = CASES[name]
-        found[name] = predict(plan, replace(shape, precision=precision),
+        found[name] = predict(PLANS[plan], replace(shape, precision=precision),
                               Cluster(hosts, per_host))
     return found
 
