@@ -128,7 +128,8 @@ class NoiseState:
         noise = self.noise
         if self._kept_of != layout.digest:
             self._kept, self._kept_of = {}, layout.digest
-        if noise is None or not self.observing or not noise.needs_deviations:
+        if noise is None or not self.observing or not noise.needs_deviations or (
+                self._kept and self.steps % noise.every):
             return None
         self._pending = PendingObservation(noise, self.context(), layout, self._current_loss_scale)
         return self._pending

@@ -150,12 +150,18 @@ def example_weights(xi_B: ArrayLike, emulated_batch: float) -> Array:
     return 1.0 + math.sqrt((len(xi_B) - emulated_batch) / emulated_batch) * xi_B
 
 
-def noise_covariance(structure: str, covariance_PP: ArrayLike, batch: int,
-                     emulated_batch: float) -> Array:
-    """S3: Cov(nu) = (1/M - 1/B) S with S of the named structure made from C."""
+def noise_covariance(structure: str, covariance_PP: ArrayLike, batch: int, emulated_batch: float,
+                     sizes: Sequence[int] = ()) -> Array:
+    """S3: Cov(nu) = (1/M - 1/B) S with S of the named structure made from C.
+
+    ``sizes``: of the tensors, in the order in which they lie in P, for `layerwise`.
+    """
     covariance_PP = as_float64(covariance_PP)
     num_parameters = len(covariance_PP)
+    ends = np.cumsum(sizes or [num_parameters])
+    shares = [np.full(part.size, part.mean()) for part in np.split(np.diag(covariance_PP), ends[:-1])]
     structured_PP = {
+        "layerwise": np.diag(np.concatenate(shares)),
         "isotropic": np.trace(covariance_PP) / num_parameters * np.eye(num_parameters),
         "diagonal": np.diag(np.diag(covariance_PP)),
         "full": covariance_PP,
@@ -164,10 +170,10 @@ def noise_covariance(structure: str, covariance_PP: ArrayLike, batch: int,
 
 
 def shared_normal_noise(structure: str, covariance_PP: ArrayLike, normal_P: ArrayLike,
-                        batch: int, emulated_batch: float) -> Array:
-    """S3 `isotropic` and `diagonal`: nu = sqrt(diag Cov(nu)) * one shared normal vector."""
-    assert structure in ("isotropic", "diagonal"), structure
-    variance_P = np.diag(noise_covariance(structure, covariance_PP, batch, emulated_batch))
+                        batch: int, emulated_batch: float, sizes: Sequence[int] = ()) -> Array:
+    """S3, structures without correlations: nu = sqrt(diag Cov(nu)) * one shared normal vector."""
+    assert structure in ("isotropic", "diagonal", "layerwise"), structure
+    variance_P = np.diag(noise_covariance(structure, covariance_PP, batch, emulated_batch, sizes))
     return np.sqrt(variance_P) * as_float64(normal_P)
 
 

@@ -105,12 +105,14 @@ class Noise(ABC):
         statistics: what it sums up over the deviations; None: it does not observe.
         rows: what it needs of this rank's workers: each one's own deviations, or a mixture of all.
         lag: for how many steps the observation is kept.
+        every: it observes in every n-th step only, and where it keeps nothing yet.
         min_workers: the fewest that it can be estimated from.
     """
 
     statistics: Statistics | None = None
     rows: Literal["deviations", "mixtures"] | None = None
     lag: int = 1
+    every: int = 1
     min_workers: int = 1
 
     def __init__(self, *, seed: int = 0) -> None:
@@ -129,10 +131,11 @@ class Noise(ABC):
         return self.rows == "mixtures"
 
     def statistics_bytes(self, layout: Layout) -> int:
-        """Bytes that are summed over the ranks in a step: statistics, and a count of examples."""
+        """Bytes that are summed over the ranks in a step, on average: statistics, and examples."""
         if self.statistics is None:
             return 0
-        return 8 + sum(self.statistics.new(bucket, "meta").nbytes for bucket in layout.buckets)
+        sums = sum(self.statistics.new(bucket, "meta").nbytes for bucket in layout.buckets)
+        return 8 + sums // self.every
 
     def describe(self) -> dict[str, Any]:
         """What must be equal on all ranks."""

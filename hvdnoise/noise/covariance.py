@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any, Callable, TypeVar
 
 from hvdnoise.noise.base import Noise
+from hvdnoise.noise.diagonal import DiagonalCovariance
 from hvdnoise.noise.full_examples import FullExampleCovariance
 from hvdnoise.noise.full_workers import FullWorkerCovariance
 from hvdnoise.noise.isotropic import IsotropicCovariance
+from hvdnoise.noise.layerwise import LayerwiseCovariance
 from hvdnoise.noise.signature import (
     REQUIRED,
     Maker,
@@ -23,7 +25,9 @@ C = TypeVar("C", bound=Maker)
 COVARIANCES: dict[tuple[str, str], Maker] = {  # (structure, source) -> class
     ("full", "workers"): FullWorkerCovariance,
     ("full", "examples"): FullExampleCovariance,
+    ("diagonal", "workers"): DiagonalCovariance,
     ("isotropic", "workers"): IsotropicCovariance,
+    ("layerwise", "workers"): LayerwiseCovariance,
 }
 _COMMON = ("emulated_batch", "batch_size", "seed")
 
@@ -64,8 +68,9 @@ def CovarianceNoise(structure: str = "full", emulated_batch: int | None = None, 
     """Noise on the gradient with the covariance of a batch of ``emulated_batch`` examples.
 
     Args:
-        structure: "full" (the gradient's own covariance) or "isotropic" (the control: the same
-            variance without structure).
+        structure: "full" (the gradient's own covariance), "diagonal" (its diagonal, with a running
+            mean), "isotropic" (the control: the same variance without structure) or "layerwise"
+            (the fairer control: white within each tensor).
         emulated_batch: M, the batch whose noise the step shall have; 1 <= M <= the whole batch.
         source: estimated from the "workers" gradients, or from the "examples" (uncentred; then
             the loop says ``loss = optimizer.weigh(losses)``).

@@ -18,22 +18,14 @@ from torch import Tensor
 
 from hvdnoise import streams
 from hvdnoise.buckets import Bucket
-from hvdnoise.noise.base import (
-    MeanNoise,
-    Observation,
-    ObservingNoise,
-    Statistics,
-    StepContext,
-    square_norm,
-)
-from hvdnoise.noise.emulated import EmulatedBatchNoise
+from hvdnoise.noise.base import Observation, Statistics, StepContext, square_norm
+from hvdnoise.noise.equal_trace import EqualTraceNoise
 
 
-class IsotropicCovariance(EmulatedBatchNoise, MeanNoise, ObservingNoise):
+class IsotropicCovariance(EqualTraceNoise):
     """White noise of the same variance as the structured noise (see the module)."""
 
     statistics = Statistics(per_bucket=1)
-    min_workers = 2
 
     def observe(self, bucket: Bucket, start: int, deviations_Kn: Tensor, out: Tensor,
                 context: StepContext) -> None:
@@ -42,6 +34,7 @@ class IsotropicCovariance(EmulatedBatchNoise, MeanNoise, ObservingNoise):
     def mean_noise(self, bucket: Bucket, observation: Observation, context: StepContext) -> Tensor:
         squares = sum(float(square) for square in observation.statistics.values())
         trace = squares * self.examples(context) / (context.num_workers - 1)
+        trace *= self.scaled(trace, trace)
         deviation = math.sqrt(self.missing_variance(context) * trace / observation.layout.numbers)
         noise_N = streams.normal(bucket.size, self.seed, "isotropic", context.step, bucket.index,
                                  device=bucket.device, dtype=bucket.dtype)

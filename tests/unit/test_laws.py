@@ -74,8 +74,9 @@ def noise_on_the_gradient(make: Any, size: int) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("structure", ["full", "isotropic"])
+@pytest.mark.parametrize("structure", ["full", "isotropic", "layerwise", "diagonal"])
 def test_worker_covariance(structure: str, size: int) -> None:
+    """The gradients are the same in every step, so a running mean of them is known too."""
     covariance_PP = reference.worker_covariance(examples().mean(dim=1), B_WORKER)
     noise = noise_on_the_gradient(lambda: CovarianceNoise(structure, M), size)
     assert_normal(noise, reference.noise_covariance(structure, covariance_PP, W * B_WORKER, M))

@@ -1,4 +1,4 @@
-"""Noises that are defined outside the package, one of each kind, against dense formulas.
+"""Noises against dense formulas: one of each kind from outside the package, and covariances.
 
 A new noise joins by an entry in `EXPECTED`: what follows from ranks and virtual workers, plans,
 checkpoints and dropped steps is then tested for it, too.
@@ -42,6 +42,24 @@ def diagonal_run(dense: Dense) -> None:
         dense.update(gradients_WP.mean(axis=0) + np.sqrt(variance_P) * normals_P)
 
 
+def structure_run(dense: Dense, structure: str, *, decay: float = 0.0, every: int = 1,
+                  trace: float | None = None, matched: bool = False) -> None:
+    """A structure without correlations; its covariance is a running mean over estimates."""
+    seen: list[Array] = []
+    for step in range(STEPS):
+        gradients_WP = dense.worker_gradients(step)
+        if step % every == 0:
+            seen.append(reference.worker_covariance(gradients_WP, B))
+        weights = [decay ** age for age in range(len(seen))][::-1]
+        covariance_PP = sum(w * c for w, c in zip(weights, seen)) / sum(weights)
+        wanted = np.trace(seen[-1]) if matched else trace
+        if wanted is not None:
+            covariance_PP = covariance_PP * wanted / np.trace(covariance_PP)
+        dense.update(gradients_WP.mean(axis=0) + reference.shared_normal_noise(
+            structure, covariance_PP, dense.normals(structure, step, seed=3), W * B, M,
+            sizes=dense.sizes))
+
+
 def one_worker_run(dense: Dense) -> None:
     for step in range(STEPS):
         chosen = int(streams.normal(W, 3, "one-worker", step).argmax())
@@ -72,7 +90,27 @@ def displaced_run(dense: Dense, form: Callable[[Array], Array]) -> None:
         dense.update(gradients_WP.mean(axis=0))
 
 
+def covariance(structure: str, **options: Any) -> dict[str, Any]:
+    return {"kind": "covariance", "structure": structure, "emulated_batch": M, **options}
+
+
 EXPECTED: dict[str, tuple[dict[str, Any], Callable[[Dense], None]]] = {
+    "layerwise": (covariance("layerwise"), lambda dense: structure_run(dense, "layerwise")),
+    "layerwise-trace": (covariance("layerwise", trace=0.3), lambda dense: structure_run(
+        dense, "layerwise", trace=0.3)),
+    "isotropic-trace": (covariance("isotropic", trace=2.5), lambda dense: structure_run(
+        dense, "isotropic", trace=2.5)),
+    "isotropic-matched": (covariance("isotropic", trace="matched:full"), lambda dense:
+                          structure_run(dense, "isotropic")),
+    "diagonal": (covariance("diagonal", decay=0.7, every=1), lambda dense: structure_run(
+        dense, "diagonal", decay=0.7)),
+    "diagonal-every": (covariance("diagonal", decay=0.6, every=2), lambda dense: structure_run(
+        dense, "diagonal", decay=0.6, every=2)),
+    "diagonal-matched": (covariance("diagonal", decay=0.8, every=3, trace="matched:layerwise"),
+                         lambda dense: structure_run(dense, "diagonal", decay=0.8, every=3,
+                                                     matched=True)),
+    "diagonal-trace": (covariance("diagonal", trace=0.7), lambda dense: structure_run(
+        dense, "diagonal", decay=0.95, every=2, trace=0.7)),
     "diagonal-example": ({"emulated_batch": M, "decay": 0.7}, diagonal_run),
     "one-worker-example": ({}, one_worker_run),
     "half-example": ({}, half_run),
@@ -92,7 +130,7 @@ def registered() -> Iterator[None]:
 
 
 def make(kind: str) -> Any:
-    return make_noise(kind, **EXPECTED[kind][0], seed=3)
+    return make_noise(**{"kind": kind, **EXPECTED[kind][0]}, seed=3)
 
 
 def run(kind: str, ranks: int, **options: Any) -> Tensor:
@@ -114,6 +152,14 @@ def test_it_is_its_formula_whatever_the_ranks(kind: str) -> None:
     for ranks in (1, 2, 4):
         assert relative_error(run(kind, ranks) - torch.from_numpy(start),
                               dense.theta_P - start) < 1e-9, ranks
+
+
+@pytest.mark.parametrize("kind", ["layerwise", "isotropic-trace", "diagonal-matched"])
+def test_traces_are_those_of_all_buckets(kind: str) -> None:
+    dense = Dense(W, b=B, bucket_bytes=100)
+    assert len(dense.layout.buckets) > 1
+    EXPECTED[kind][1](dense)
+    assert relative_error(run(kind, 2, bucket_bytes=100), dense.theta_P) < 1e-9
 
 
 @pytest.mark.parametrize("plan", [name for name, plan in PLANS.items() if plan.all_workers])
