@@ -41,9 +41,11 @@ class Measured:
 
     worker_square_norm: float  # mean over the workers of |g_i|^2
     gradient_square_norm: float  # |g|^2 of the gradient that the update uses, noise included
+    mean_square_norm: float  # the same before a noise on the mean was added
     # of the displacements over all workers, or of the noise on the mean; None for the noises that
     # act through weights of workers or examples, whose noise is never formed
     noise_rms: float | None
+    weight_deviation: float | None = None  # of weights of workers or examples, where it is known
 
 
 class NoiseState:
@@ -94,6 +96,8 @@ class NoiseState:
         self._worker_weights: dict[float, list[float]] = {}  # by examples of a worker
         self._local_squares: list[Tensor] = []
         self._added_square = 0.0  # of the noise on the mean
+        self._mean_square: float | None = None  # of the mean without it
+        self._weight_deviation: float | None = None
         self._examples: list[list[int]] = [[]]  # by worker and pass
         if self._weights is not None:
             self._weights.forget_passes()
@@ -182,6 +186,7 @@ class NoiseState:
         if not isinstance(self.noise, ExampleNoise):
             return losses.mean()
         context = self.context(len(losses) * parts)
+        self._weight_deviation = self.noise.weight_deviation(context)
         weights = self.noise.example_weights(context.workers[v], part, len(losses), context)
         self._weighed = True
         return (weights.to(losses) * losses).mean()
@@ -202,6 +207,7 @@ class NoiseState:
         context = self.context(sum(examples))
         known = self._worker_weights
         if context.examples_per_worker not in known:
+            self._weight_deviation = self.noise.weight_deviation(context)
             weights_W = self.noise.worker_weights(context).tolist()
             known[context.examples_per_worker] = [weights_W[i] for i in context.workers]
         return known[context.examples_per_worker][v]
@@ -246,6 +252,8 @@ class NoiseState:
         observation = self._pending or self._unobserved(exchange)
         context = self.context(observation.examples / (self.world.size * self.virtual_workers))
         scale = self._current_loss_scale()
+        if self.measure:
+            self._mean_square = sum(square(flat) for _, flat in exchange.reduced())
         for bucket, reduced_N in exchange.reduced():
             noise_N = self.noise.mean_noise(bucket, observation, context)
             check_returned(self.noise, "mean_noise", noise_N, (bucket.size,))
@@ -272,7 +280,10 @@ class NoiseState:
         handle = self.world.allreduce_(mine, name=f"{exchange.label}.measure")
         worker, noise = (handle.wait() / V).tolist()
         total = sum(square(flat) for _, flat in exchange.reduced())
-        self.measured = Measured(worker, total / scale ** 2, math.sqrt(noise) if known else None)
+        mean = total if self._mean_square is None else self._mean_square
+        self.measured = Measured(worker, total / scale ** 2, mean / scale ** 2,
+                                 math.sqrt(noise) if known else None,
+                                 self._weight_deviation)
 
     # ------------------------------------------------------------------ state
 

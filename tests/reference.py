@@ -159,7 +159,8 @@ def noise_covariance(structure: str, covariance_PP: ArrayLike, batch: int, emula
     covariance_PP = as_float64(covariance_PP)
     num_parameters = len(covariance_PP)
     ends = np.cumsum(sizes or [num_parameters])
-    shares = [np.full(part.size, part.mean()) for part in np.split(np.diag(covariance_PP), ends[:-1])]
+    shares = [np.full(part.size, part.mean())
+              for part in np.split(np.diag(covariance_PP), ends[:-1])]
     structured_PP = {
         "layerwise": np.diag(np.concatenate(shares)),
         "isotropic": np.trace(covariance_PP) / num_parameters * np.eye(num_parameters),

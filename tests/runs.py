@@ -124,22 +124,46 @@ def dense_full_examples(W: int, M: int, seed: int, parts: int = 1) -> list[tuple
 
 
 def dense_isotropic(W: int, M: int, seed: int) -> list[tuple[Any, Any]]:
+    return dense_shared(W, M, seed, "isotropic")
+
+
+def dense_shared(W: int, M: int, seed: int, structure: str, decay: float = 0.0, every: int = 1
+                 ) -> list[tuple[Any, Any]]:
+    """Structures without correlations; of estimates in every n-th step, a running mean."""
+    seen: list[Any] = []
+
     def noisy(model: Dense, step: int) -> Any:
         gradients_WP = model.worker_gradients(step)
+        if step % every == 0:
+            seen.append(reference.worker_covariance(gradients_WP, model.b))
+        weights = [decay ** age for age in range(len(seen))][::-1]
+        covariance_PP = sum(w * each for w, each in zip(weights, seen)) / sum(weights)
         return gradients_WP.mean(axis=0) + reference.shared_normal_noise(
-            "isotropic", reference.worker_covariance(gradients_WP, model.b),
-            model.normals("isotropic", step, seed=seed), W * model.b, M)
+            structure, covariance_PP, model.normals(structure, step, seed=seed), W * model.b, M,
+            sizes=model.sizes)
     return dense_covariance(W, noisy)
+
+
+def dense_layerwise(W: int, M: int, seed: int) -> list[tuple[Any, Any]]:
+    return dense_shared(W, M, seed, "layerwise")
+
+
+def dense_diagonal(W: int, M: int, seed: int) -> list[tuple[Any, Any]]:
+    return dense_shared(W, M, seed, "diagonal", decay=0.95, every=2)
 
 
 COVARIANCES: dict[str, tuple[Any, Any]] = {
     "workers": (dense_full_workers, {"structure": "full"}),
     "examples": (dense_full_examples, {"structure": "full", "source": "examples"}),
-    "isotropic": (dense_isotropic, {"structure": "isotropic"})}
+    "isotropic": (dense_isotropic, {"structure": "isotropic"}),
+    "layerwise": (dense_layerwise, {"structure": "layerwise"}),
+    "diagonal": (dense_diagonal, {"structure": "diagonal"})}
 NOISES: dict[str, Any] = {
     "none": lambda: None, "own": lambda: GNC(0.4), "lr": lambda: GNC(lr=2.0),
     "gathered": lambda: GNC(0.4, source="gathered"),
     "isotropic-gnc": lambda: GNC(0.4, source="isotropic"),
     "workers": lambda: CovarianceNoise("full", 3),
     "examples": lambda: CovarianceNoise("full", 3, source="examples"),
-    "isotropic": lambda: CovarianceNoise("isotropic", 3)}
+    "isotropic": lambda: CovarianceNoise("isotropic", 3),
+    "layerwise": lambda: CovarianceNoise("layerwise", 3),
+    "diagonal": lambda: CovarianceNoise("diagonal", 3)}

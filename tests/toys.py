@@ -222,6 +222,10 @@ class Dense:
                 unit_WP = reference.gnc_gathered(part_WP, normals_WN, 1.0) \
                     if source == "gathered" else \
                     reference.gnc_isotropic(part_WP, normals_WN[:, where], 1.0)
+                if source == "layerwise" and scale != "relative":
+                    unit_WP = np.concatenate([
+                        reference.gnc_isotropic(deviations_WP[:, t], normals_WN[:, t], 1.0)
+                        for t in self.tensors()], axis=1)
                 s = reference.expected_radius_scale(part_WP, size) if scale != "lr" else size
             if scale == "relative":
                 s *= float(np.linalg.norm(self.theta_P[where]))

@@ -39,8 +39,8 @@ CHOICES = ("auto", *MIXING_PLANS)
 LAGS = ("lag0", "lag1", "lag2")
 SETS = {
     "default": ("plain", "none", "ddp", "sam", "gnc-own", "full-workers", "gathered"),
-    "all": ("plain", "none", "ddp", "sam", "gnc-own", "gnc-isotropic", "full-workers",
-            "full-examples", "isotropic", "gathered",
+    "all": ("plain", "none", "ddp", "sam", "gnc-own", "gnc-isotropic", "gnc-layerwise",
+            "full-workers", "full-examples", "diagonal", "isotropic", "layerwise", "gathered",
             *(f"gathered:{name}{options}" for name in MIXING_PLANS
               for options in PLANS[name].compared)),
 }
@@ -53,7 +53,7 @@ def methods() -> dict[str, dict[str, Any] | None]:
         found["gathered" if source == "gathered" else f"gnc-{source}"] = {
             "kind": "gnc", "source": source}
     for structure, source in COVARIANCES:
-        usual = (structure, source) == ("isotropic", "workers")
+        usual = source == "workers" and structure != "full"
         found[structure if usual else f"{structure}-{source}"] = {
             "kind": "covariance", "structure": structure, "source": source}
     for kind in kinds():
@@ -134,7 +134,8 @@ def parse(name: str) -> Variant:
             f"give some of {', '.join(known)}, or all"))
     if options and (own := _own_options(known[method])):
         return Variant(method, given=_given(name, options, own))
-    takes = {"gathered": (CHOICES, PRECISIONS, LAGS), "gnc-own": (LAGS,), "gnc-isotropic": (LAGS,)}
+    takes = {"gathered": (CHOICES, PRECISIONS, LAGS), "gnc-own": (LAGS,), "gnc-isotropic": (LAGS,),
+             "gnc-layerwise": (LAGS,)}
     found: dict[tuple[str, ...], str] = {}
     for option in options:
         kind = next((kind for kind in takes.get(method, ()) if option in kind), None)

@@ -161,7 +161,15 @@ class ObservingNoise(Noise):
         """
 
 
-class WorkerNoise(Noise):
+class WeightingNoise(Noise):
+    """A noise that acts by factors, whose law has a known standard deviation or none."""
+
+    def weight_deviation(self, context: StepContext) -> float | None:
+        """The standard deviation of a factor; None where the noise does not tell."""
+        return None
+
+
+class WorkerNoise(WeightingNoise):
     """A noise that acts on the weights of the workers' gradients in the mean."""
 
     @abstractmethod
@@ -169,7 +177,7 @@ class WorkerNoise(Noise):
         """(W,) float64: the factor of each worker's gradient; their mean is 1."""
 
 
-class ExampleNoise(Noise):
+class ExampleNoise(WeightingNoise):
     """A noise that acts on the weights of the examples' losses."""
 
     @abstractmethod

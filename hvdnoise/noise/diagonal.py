@@ -29,11 +29,11 @@ CACHED = 2 ** 17  # numbers that stay in a processor's cache
 class DiagonalCovariance(EqualTraceNoise):
     """Independent noise on every weight, of the weight's own variance (see the module).
 
+    The other arguments are those of `EqualTraceNoise`.
+
     Args:
-        emulated_batch: see `EmulatedBatchNoise`.
         decay: c of the running mean of the variances, 0 <= c < 1.
         every: the n of "every n-th step", in which the variances are estimated.
-        trace, batch_size, seed: see `EqualTraceNoise`.
     """
 
     statistics = Statistics(elementwise=True)

@@ -26,11 +26,11 @@ OF_THE_STEP = ("full", "isotropic", "layerwise")  # whose trace is tr C^
 class EqualTraceNoise(EmulatedBatchNoise, MeanNoise, ObservingNoise):
     """Base of the covariance noises on the mean gradient.
 
+    The other arguments are those of `EmulatedBatchNoise`.
+
     Args:
-        emulated_batch: see `EmulatedBatchNoise`.
         trace: of one example's covariance, as the noise has it: "own", a number >= 0, or
             "matched:STRUCTURE" for that of full, isotropic or layerwise noise.
-        batch_size, seed: see `EmulatedBatchNoise`.
     """
 
     min_workers = 2

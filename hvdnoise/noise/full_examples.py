@@ -13,21 +13,18 @@ Idea: Wen et al. 2020, arXiv:1902.08234. Formula: derived for this project.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from hvdnoise import streams
 from hvdnoise.noise.base import ExampleNoise, StepContext
-from hvdnoise.noise.emulated import EmulatedBatchNoise
+from hvdnoise.noise.emulated import WeightedSample
 
 
-class FullExampleCovariance(EmulatedBatchNoise, ExampleNoise):
+class FullExampleCovariance(WeightedSample, ExampleNoise):
     """Noise with the second moment of the examples' gradients (see the module)."""
 
     def example_weights(self, worker: int, part: int, count: int, context: StepContext) -> Tensor:
-        total = self.examples(context) * context.num_workers
         xi = streams.normal(count, self.seed, "full-examples", context.step, worker, part,
                             dtype=torch.float64)
-        return 1 + math.sqrt(self.missing_variance(context) * total) * xi  # (B-M)/M = (1/M - 1/B) B
+        return 1 + self.weight_deviation(context) * xi  # sqrt((B-M)/M)

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from hvdnoise import streams
 from hvdnoise.noise.base import StepContext, WorkerNoise
-from hvdnoise.noise.emulated import EmulatedBatchNoise
+from hvdnoise.noise.emulated import WeightedSample
 
 
-class FullWorkerCovariance(EmulatedBatchNoise, WorkerNoise):
+class FullWorkerCovariance(WeightedSample, WorkerNoise):
     """Noise with the covariance of the workers' gradients (see the module)."""
 
     min_workers = 2

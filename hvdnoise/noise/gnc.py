@@ -9,6 +9,7 @@ batch (lag 0), and W workers:
     gathered    delta_i = s / sqrt(W-1) sum_j eps_ij d_j,  eps_ij ~ N(0, 1) private to worker i,
                 so delta_i ~ N(0, s^2 D'D/(W-1)) given the deviations
     isotropic   delta_i = s z_i, E|z_i|^2 = sum_j |d_j|^2/(W-1): the control that must not help
+    layerwise   the same within each parameter tensor, of the tensor's own share of |d_j|^2
 
     lr=k        s = k * learning rate of the parameter's group
     radius=r    s such that the root mean square over the workers of |delta_i| is r
@@ -17,9 +18,9 @@ batch (lag 0), and W workers:
 For the random sources the root mean square is the expected one, so that their law given the
 deviations stays exactly normal. Where it acts: the weights of a worker, before forward; ranks
 differ on purpose. Lag 2 takes the deviations of two steps before, so that their exchange has a
-whole step's time. Bytes on the wire per step: own and isotropic none but 8, and 8 per bucket
-(relative: per parameter tensor); gathered: as the plan of the exchange says (hvdnoise.plans). The
-plan does not change the law, but for these:
+whole step's time. Bytes on the wire per step: own, isotropic and layerwise none but 8, and 8 per
+bucket (relative, layerwise: per parameter tensor); gathered: as the plan of the exchange says
+(hvdnoise.plans). The plan does not change the law, but for these:
 
     group       sum over the k V workers of the rank's group alone, 1/sqrt(kV-1) for 1/sqrt(W-1),
                 d_j from the group's mean: delta_i ~ N(0, s^2 D_g'D_g/(kV-1)), the same in the mean
@@ -56,7 +57,7 @@ from hvdnoise.noise.base import (
     square_norms,
 )
 
-SOURCES = ("own", "gathered", "isotropic")
+SOURCES = ("own", "gathered", "isotropic", "layerwise")
 
 
 class GNC(MixingNoise, ObservingNoise):
@@ -66,7 +67,7 @@ class GNC(MixingNoise, ObservingNoise):
         radius, lr, relative: the scale, exactly one of the three; a number >= 0 or a function of
             the step (0 for the first), in the units of the weights (radius), of one SGD step
             (lr), of the weights' own norm (relative).
-        source: "own", "gathered" or "isotropic".
+        source: "own", "gathered", "isotropic" or "layerwise".
         lag: 1, deviations of the step before at no extra pass; 2, of the one before that, whose
             exchange is hidden behind a step's computation; 0, of a first pass over the same
             batch, at the price of a second: then the optimizer needs step(closure).
@@ -94,16 +95,16 @@ class GNC(MixingNoise, ObservingNoise):
         ((self.scale, value),) = given.items()
         self.size = check_scale(self.scale, value)
         self.source, self.lag = source, lag
-        if self.scale == "relative":
+        if self.scale == "relative" or source == "layerwise":
             self.statistics = Statistics(per_parameter=1)
         elif self.scale == "radius" or source == "isotropic":
             self.statistics = Statistics(per_bucket=1)
-        if source != "isotropic":
+        if source in ("own", "gathered"):
             self.rows = "mixtures" if source == "gathered" else "deviations"
 
     def observe(self, bucket: Bucket, start: int, deviations_Kn: Tensor, out: Tensor,
                 context: StepContext) -> None:
-        if self.scale == "relative":
+        if self.statistics is not None and self.statistics.per_parameter:
             out += square_norms(deviations_Kn, bucket, start)
         else:
             out += square_norm(deviations_Kn)
@@ -139,23 +140,24 @@ class GNC(MixingNoise, ObservingNoise):
             sign = -1.0 if self.source == "own" else 1.0
             return [sign * size * rate for rate in rates]
         norms = [1.0] * len(clean)
+        # the (expected) sums over the workers of |delta_i|^2 at s = 1, and in how many numbers:
+        # of all parameters, or of each one
+        squares = [sum(float(each.sum()) for each in observation.statistics.values())] * len(clean)
+        shares, numbers = squares, [observation.layout.numbers] * len(clean)
+        if self.statistics.per_parameter:
+            shares = observation.statistics[bucket.index].tolist()
+            numbers = list(bucket.sizes)
         if self.scale == "relative":
-            norms = torch.stack(torch._foreach_norm(list(clean))).tolist()
-            squares = observation.statistics[bucket.index].tolist()
-            numbers: Sequence[int] = bucket.sizes
-        else:
-            squares = [sum(float(each) for each in observation.statistics.values())] * len(clean)
-            numbers = [observation.layout.numbers] * len(clean)
+            norms, squares = torch.stack(torch._foreach_norm(list(clean))).tolist(), shares
+        count = context.num_workers - (self.source != "own")
         factors = []
-        for norm, rate, square, number in zip(norms, rates, squares, numbers):
-            # the (expected) mean square over the workers of |delta_i| at s = 1
-            spread = square / (context.num_workers - (self.source != "own"))
-            if spread == 0:
+        for norm, rate, square, share, number in zip(norms, rates, squares, shares, numbers):
+            if square == 0:
                 factors.append(0.0)
                 continue
-            s = size * rate if self.scale == "lr" else size * norm / math.sqrt(spread)
-            factors.append({"own": -s, "gathered": s}.get(self.source,
-                                                          s * math.sqrt(spread / number)))
+            s = size * rate if self.scale == "lr" else size * norm / math.sqrt(square / count)
+            factors.append({"own": -s, "gathered": s}.get(
+                self.source, s * math.sqrt(share / count / number)))
         return factors
 
 

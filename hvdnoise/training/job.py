@@ -18,6 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from hvdnoise.comm import World
+from hvdnoise.noise.base import ExampleNoise
+from hvdnoise.noise.emulated import WeightedSample
 from hvdnoise.optimizer import DistributedOptimizer
 from hvdnoise.training import data, models
 from hvdnoise.training.config import TrainConfig, flatten
@@ -63,9 +65,10 @@ class Job:
     @property
     def batches(self) -> Batches:
         """The batch sizes, as the noise scale needs them."""
-        noise, worker = self.config.noise, self.sampler.batch_size
-        return Batches(worker, worker * self.sampler.num_workers, noise.emulated_batch,
-                       noise.source == "examples")
+        noise, worker = self.optimizer.noise, self.sampler.batch_size
+        emulated = noise.emulated_batch if isinstance(noise, WeightedSample) else None
+        return Batches(worker, worker * self.sampler.num_workers, emulated,
+                       isinstance(noise, ExampleNoise))
 
     # ------------------------------------------------------------------ state
 

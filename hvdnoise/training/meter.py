@@ -6,10 +6,10 @@ norm s_b of the workers' gradients (batches of b) and that of the averaged gradi
     E s_b = |G|^2 + tr C / b,    E s_B = |G|^2 + tr C / B
     tr C  = (s_b - s_B) / (1/b - 1/B),    |G|^2 = (B s_B - b s_b) / (B - b)
 
-Both are averaged over the interval before the division tr C / |G|^2. Covariance noise changes what
-is measured: with noise that emulates a batch of M, s_B has M in the place of B; noise from
-examples gives tr C / b and tr C / B the factor B/M and adds ((B-M)/M)|G|^2 to tr C, which is taken
-out again.
+Both are averaged over the interval before the division tr C / |G|^2. Noise that is added to the
+mean is not in s_B. Noise by weights changes what is measured: from workers, with noise that
+emulates a batch of M, s_B has M in the place of B; from examples, tr C / b and tr C / B have the
+factor B/M and ((B-M)/M)|G|^2 is added to tr C, which is taken out again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hvdnoise.noise_state import Measured
 
 @dataclass(frozen=True)
 class Batches:
-    """b, B and, under covariance noise, M and whether it comes from examples."""
+    """b, B and, under covariance noise by weights, M and whether it comes from examples."""
 
     worker: int
     total: int
@@ -96,11 +96,13 @@ class Meter:
         if self.measured:
             worker = _mean([each.worker_square_norm for each in self.measured])
             total = _mean([each.gradient_square_norm for each in self.measured])
-            scale, trace, square = noise_scale(worker, total, self.batches)
+            mean = _mean([each.mean_square_norm for each in self.measured])
+            scale, trace, square = noise_scale(worker, mean, self.batches)
             noise = [each.noise_rms for each in self.measured if each.noise_rms is not None]
             values.update(
                 noise_rms=math.sqrt(_mean([rms ** 2 for rms in noise])) if noise else None,
                 worker_square_norm=worker, gradient_square_norm=total,
+                noise_weight_deviation=self.measured[-1].weight_deviation,
                 gradient_noise_scale=scale, gradient_noise_trace=trace,
                 true_gradient_square_norm=square)
         self._clear()

@@ -25,7 +25,8 @@ NOISES: dict[str, Any] = {
     "relative": lambda: GNC(relative=0.3), "lag-0": lambda: GNC(lr=2.0, lag=0),
     "workers": lambda: CovarianceNoise("full", M),
     "examples": lambda: CovarianceNoise("full", M, source="examples"),
-    "covariance": lambda: CovarianceNoise("isotropic", M)}
+    "covariance": lambda: CovarianceNoise("isotropic", M),
+    "diagonal": lambda: CovarianceNoise("diagonal", M)}
 
 
 def run(name: str, size: int, loss_scale: float = 1.0, measure: bool = True, **options: Any
@@ -102,9 +103,13 @@ def test_measured_norms(name: str, size: int) -> None:
                 float((gradients_WP ** 2).sum(axis=1).mean()), rel=1e-11)
         noisy_P = reference.as_float64(record.gradients[step])
         assert measured.gradient_square_norm == pytest.approx(float(noisy_P @ noisy_P), rel=1e-11)
+        mean_P = noisy_P if name in ("workers", "examples") else gradients_WP.mean(axis=0)
+        assert measured.mean_square_norm == pytest.approx(float(mean_P @ mean_P), rel=1e-9)
         if name in ("workers", "examples"):
             assert measured.noise_rms is None  # never formed, so nobody knows
-        elif name == "covariance":
+            assert measured.weight_deviation == pytest.approx(math.sqrt(16 / M - 1))
+        elif name in ("covariance", "diagonal"):
+            assert measured.weight_deviation is None
             added_P = noisy_P - gradients_WP.mean(axis=0)
             assert measured.noise_rms == pytest.approx(math.sqrt(added_P @ added_P), rel=1e-9)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from hvdnoise.noise.base import (
     check_scale,
     square_norms,
 )
+from hvdnoise.noise.gnc import SOURCES
 from tests import reference
 from tests.toys import relative_error
 
@@ -149,6 +151,21 @@ def test_worker_weights_are_the_same_wherever_workers_live() -> None:
                        noise.worker_weights(context(workers=range(2, 4))))
 
 
+@pytest.mark.parametrize("source", ["workers", "examples"])
+def test_weights_that_turn_gradients_round_are_warned_of(source: str) -> None:
+    """Past a standard deviation of 2: sqrt(B/M - 1) with B = 32."""
+    with pytest.warns(UserWarning, match="deviation of 2.3, so that 33% .* "
+                                         "from emulated_batch=7 on") as caught:
+        noise: Any = CovarianceNoise("full", 5, source=source)
+        assert noise.weight_deviation(context()) == pytest.approx((32 / 5 - 1) ** 0.5)
+        noise.weight_deviation(context())
+    assert len(caught) == 1  # once
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mild: Any = CovarianceNoise("full", 7, source=source)
+        assert mild.weight_deviation(context()) < 2
+
+
 def test_example_weights() -> None:
     noise, now = CovarianceNoise("full", 5, source="examples", seed=3), context(7)
     weights = [noise.example_weights(worker, 0, 8, now) for worker in range(4)]
@@ -209,7 +226,7 @@ def displacements(noise: GNC, seen: Observation, *_: Tensor, step: int = 1, rate
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("source", ["own", "gathered", "isotropic"])
+@pytest.mark.parametrize("source", ["own", "gathered", "isotropic", "layerwise"])
 def test_displacements_grow_with_scale_and_learning_rate(source: str) -> None:
     once = displacements(*observed(source))
     double = displacements(*observed(source, noise=GNC(lr=2.0, source=source)))
@@ -237,7 +254,7 @@ def test_which_displacements_change_from_step_to_step() -> None:
 
 
 def test_no_deviation_no_displacement() -> None:
-    for source in ("own", "gathered", "isotropic"):
+    for source in SOURCES:
         for scale in ("radius", "lr", "relative"):
             options: dict[str, Any] = {scale: 1.0, "source": source}
             seen = observed(source, noise=GNC(**options), same=True)

@@ -147,10 +147,10 @@ def test_the_meter_averages_over_ranks_and_before_it_divides() -> None:
         for norms in ((4.0, 2.0), (2.0, 2.0)):
             sums = torch.tensor([1.0 + world.rank, 1.0, 2.0], dtype=torch.float64)
             meter.add(sums, learning_rate=0.1, seconds=0.5, waiting=0.25, bad=False,
-                      measured=Measured(*norms, noise_rms=norms[0]))
+                      measured=Measured(norms[0], 99.0, norms[1], noise_rms=norms[0]))
         bad = torch.tensor([float(world.rank), 0, 2], dtype=torch.float64)
         meter.add(bad, learning_rate=0.1, seconds=0.5, waiting=0.25, bad=True,
-                  measured=Measured(float("nan"), float("nan"), None))
+                  measured=Measured(float("nan"), float("nan"), float("nan"), None))
         values = meter.flush(world)
         assert meter.steps == 0 and not meter.measured and float(meter.sums.sum()) == 0
         return values
