@@ -20,11 +20,15 @@ def examples() -> torch.Tensor:
         * torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
 
 
-def drive(world: ThreadWorld, noise: Any, steps: int, learning_rate: float = 0.0, **options: Any
-          ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Displacements (steps, V, P) that this rank's forwards saw, and reduced gradients."""
-    a, V = examples(), W // world.size
-    model = Linear(P)
+def drive(world: ThreadWorld, noise: Any, steps: int, learning_rate: float = 0.0, copies: int = 1,
+          **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Displacements (steps, V, P) that this rank's forwards saw, and reduced gradients.
+
+    ``copies`` of the parameters, with equal gradients: as many draws in a step of a noise that has
+    a number of its own for each parameter. Then P is a multiple of the examples' P.
+    """
+    a, V = examples().repeat(1, 1, copies), W // world.size
+    model = Linear(P * copies)
     optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=learning_rate),
                                      model.named_parameters(), noise=noise, virtual_workers=V,
                                      world=world, **options)
@@ -35,7 +39,7 @@ def drive(world: ThreadWorld, noise: Any, steps: int, learning_rate: float = 0.0
             optimizer.weigh(model(a[worker])).backward()
         gradients.append(model.theta.grad.detach().clone())  # type: ignore[union-attr]
         optimizer.step()
-    return torch.stack(model.seen).view(steps, V, P), torch.stack(gradients)
+    return torch.stack(model.seen).view(steps, V, -1), torch.stack(gradients)
 
 
 def all_displacements(make: Any, size: int, steps: int, **options: Any) -> torch.Tensor:

@@ -120,8 +120,14 @@ def check_gathered_displacements_have_their_law(world: World) -> None:
 def check_noise_on_the_gradient_has_its_law(world: World) -> None:
     gradients_BP = linear.examples().flatten(0, 1)
     workers_PP = reference.worker_covariance(linear.examples().mean(dim=1), linear.B_WORKER)
+    for structure in ("isotropic", "layerwise", "diagonal"):  # 10,000 draws of each
+        noise = CovarianceNoise(structure, M)
+        gradients = linear.drive(world, noise, 10, copies=1000)[1]  # type: ignore[arg-type]
+        assert_normal(gradients.view(-1, linear.P) - gradients_BP.mean(dim=0),
+                      reference.noise_covariance(structure, workers_PP, len(gradients_BP), M),
+                      structure)
     for structure, source, covariance_PP in (
-            ("full", "workers", workers_PP), ("isotropic", "workers", workers_PP),
+            ("full", "workers", workers_PP),
             ("full", "examples", reference.example_second_moment(gradients_BP))):
         noise = CovarianceNoise(structure, M, source=source)
         gradients = linear.drive(world, noise, SAMPLES)[1]  # type: ignore[arg-type]
