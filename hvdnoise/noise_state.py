@@ -77,8 +77,9 @@ class NoiseState:
         self._kept: dict[str, Any] = {}  # what the noise keeps, of the steps that were taken
         self._set: dict[str, Any] = {}  # and in the step under way
         self._learned: dict[str, Any] = {}  # and of its mean gradient, at its end
-        self._before = self._kept  # what displacements know; `_kept` is anew in a new layout
         self._kept_of: str | None = None  # the digest of its layout
+        # as of the last step that was taken
+        self._before: tuple[dict[str, Any], str | None] = self._kept, self._kept_of
         self._last_examples = 0
         self._weighed = False  # what the next backward pass comes from
         self.forget_passes()
@@ -95,6 +96,7 @@ class NoiseState:
     def forget_passes(self) -> None:
         """Nothing of the passes under way remains; what they have shown is dropped."""
         self._pending = None
+        self._kept, self._kept_of = self._before
         self._set.clear()
         self._learned.clear()
         self._worker_weights: dict[float, list[float]] = {}  # by examples of a worker
@@ -109,7 +111,7 @@ class NoiseState:
         if self._weights is not None:
             self._weights.step_taken()
         self._kept.update({**self._set, **self._learned})
-        self._before = self._kept
+        self._before = self._kept, self._kept_of
         if self.noise is not None and self.noise.lag == 0:
             self.forget_observations()
         self.keep_observation()
@@ -169,7 +171,7 @@ class NoiseState:
             return {}
         due = self._past[0] if len(self._past) == self._past.maxlen else None
         if not self._weights.are_of(due, v):
-            context = self._with_state(self._set, self._before)
+            context = self._with_state(self._set, self._before[0])  # of the buckets that are due
             self._weights.form(due, v, context, learning_rates, measure=self.measure)
             self._note_memory(self._weights.memory)
         return self._weights.terms
@@ -329,7 +331,7 @@ class NoiseState:
         self.forget_passes()
         self.forget_observations()
         self._kept, self._kept_of = {}, layout.digest
-        self._before = self._kept
+        self._before = self._kept, self._kept_of
         if self._weights is not None:
             self._weights.forget()
         self.steps = state["steps"] if state else 0
