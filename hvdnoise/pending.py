@@ -1,8 +1,9 @@
 """What a noise learns from a step, while the step is exchanged.
 
 A `PendingObservation` belongs to one exchange and owns its rows. The tasks of the exchange fill it
-with rows (gradients, deviations or mixtures) and statistics. `start_sharing` sums the statistics over the
-ranks; `finish` takes the sums. What was saved of one in a checkpoint comes back by `restore`.
+with rows (gradients, deviations or mixtures) and statistics. `start_sharing` sums the statistics
+over the ranks; `finish` takes the sums. What was saved of one in a checkpoint comes back by
+`restore`.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ class Noise(ABC):
 
     @property
     def needs_no_mean(self) -> bool:
-        """Whether each rank knows all it needs alone, so that a first pass (lag 0) can stay there."""
+        """Whether each rank knows alone what it needs, so a first pass (lag 0) can stay there."""
         return self.rows == "gradients" and self.statistics is None
 
     @property

@@ -55,6 +55,6 @@ class Extrapolation(WeightNoise):
 
 def _known(rate: float | None) -> float:
     if rate is None:
-        raise ValueError("Extrapolation follows the learning rate, and the optimizer has none: give "
-                         "its groups an lr")
+        raise ValueError("Extrapolation follows the learning rate, and the optimizer has none: "
+                         "give its groups an lr")
     return float(rate)
