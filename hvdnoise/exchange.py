@@ -29,7 +29,7 @@ from hvdnoise.exchange_plan import IN_FLIGHT_BYTES, ExchangePlan
 from hvdnoise.mixing import Buffers
 from hvdnoise.ordering import FinishOrder
 from hvdnoise.pending import PendingObservation
-from hvdnoise.plans import ALONE, PLAIN
+from hvdnoise.plans import ALONE, PLAIN, STAYING
 from hvdnoise.sparse import SparseGradients
 from hvdnoise.tasks import BucketTask, ExchangeScheduler, Options
 
@@ -108,10 +108,13 @@ class Exchange:
         plan: ExchangePlan = PLAIN
         if pending is not None and pending.noise.mixes:
             plan = self.options.plan if self.world.size > 1 else ALONE
+        elif pending is not None and pending.stays:
+            plan = STAYING
         if pending is not None and self._turn_used:  # and not by one that was dropped
             self._turn, self._turn_used = (self._turn + 1) % self.options.lag, False
         # a plan that takes the mean from the rows, of one worker, needs them once
-        self._fills_rows = pending is not None and not (plan.mean_from_rows and self.num_local == 1)
+        self._fills_rows = pending is not None and pending.noise.needs_deviations \
+            and not (plan.mean_from_rows and self.num_local == 1)
         self._fills_reduced = not (plan.mean_from_rows and self._fills_rows)
         self._tasks = [BucketTask(bucket, reduced, views, world=self.world, options=self.options,
                                   buffers=self._buffers, plan=plan, turn=self._turn,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import ChainMap, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Callable
 
 import torch
@@ -23,6 +23,7 @@ from hvdnoise.mixing import square
 from hvdnoise.noise.base import (
     ExampleNoise,
     MeanNoise,
+    MeanObservingNoise,
     Noise,
     Observation,
     StepContext,
@@ -57,8 +58,10 @@ class NoiseState:
         loss_scale: the factor of the loss, or a function that tells it (a GradScaler's
             ``get_scale``); what the noise observes is divided by it.
         observing: whether the noise may observe; not in the second pass of lag 0.
+        first_pass: whether this is the first pass of lag 0, whose mean nobody uses.
         watch: the calls of the model's modules; None where no noise needs to know of them.
-        memory: the most bytes that rows, statistics and displaced weights took at a time.
+        memory: the most bytes that rows, statistics, what the noise keeps and displaced weights
+            took at a time.
     """
 
     def __init__(self, noise: Noise | None, world: World, virtual_workers: int) -> None:
@@ -67,7 +70,7 @@ class NoiseState:
         self.measure = False
         self.measured: Measured | None = None
         self.loss_scale: float | Callable[[], float] = 1.0
-        self.observing = True
+        self.observing, self.first_pass = True, False
         self.watch: ModelWatch | None = None
         self._weights = Displacements(noise) if isinstance(noise, WeightNoise) else None
         # of the last steps that were taken, for a noise that needs them `lag` steps later
@@ -75,7 +78,10 @@ class NoiseState:
         self._pending: PendingObservation | None = None  # of the step under way
         self._kept: dict[str, Any] = {}  # what the noise keeps, of the steps that were taken
         self._set: dict[str, Any] = {}  # and in the step under way
+        self._learned: dict[str, Any] = {}  # and of its mean gradient, at its end
         self._kept_of: str | None = None  # the digest of its layout
+        # as of the last step that was taken
+        self._before: tuple[dict[str, Any], str | None] = self._kept, self._kept_of
         self._last_examples = 0
         self._weighed = False  # what the next backward pass comes from
         self.forget_passes()
@@ -92,7 +98,9 @@ class NoiseState:
     def forget_passes(self) -> None:
         """Nothing of the passes under way remains; what they have shown is dropped."""
         self._pending = None
+        self._kept, self._kept_of = self._before
         self._set.clear()
+        self._learned.clear()
         self._worker_weights: dict[float, list[float]] = {}  # by examples of a worker
         self._local_squares: list[Tensor] = []
         self._added_square = 0.0  # of the noise on the mean
@@ -106,7 +114,8 @@ class NoiseState:
         """What was observed and set in this step counts from now on."""
         if self._weights is not None:
             self._weights.step_taken()
-        self._kept.update(self._set)
+        self._kept.update({**self._set, **self._learned})
+        self._before = self._kept, self._kept_of
         if self.noise is not None and self.noise.lag == 0:
             self.forget_observations()
         self.keep_observation()
@@ -132,10 +141,11 @@ class NoiseState:
         noise = self.noise
         if self._kept_of != layout.digest:
             self._kept, self._kept_of = {}, layout.digest
-        if noise is None or not self.observing or not noise.needs_deviations or (
-                self._kept and self.steps % noise.every):
+        if noise is None or not self.observing or (self._kept and self.steps % noise.every) or not (
+                noise.needs_deviations or self._weights is not None):
             return None
-        self._pending = PendingObservation(noise, self.context(), layout, self._current_loss_scale)
+        self._pending = PendingObservation(noise, self.context(), layout, self._current_loss_scale,
+                                           stays=self.first_pass and noise.needs_no_mean)
         return self._pending
 
     def _current_loss_scale(self) -> float:
@@ -147,6 +157,9 @@ class NoiseState:
         return StepContext(step=self.steps, num_workers=self.world.size * self.virtual_workers,
                            workers=range(first, first + self.virtual_workers),
                            examples_per_worker=examples, state=ChainMap(self._set, self._kept))
+
+    def _with_state(self, new: dict[str, Any], kept: dict[str, Any]) -> StepContext:
+        return replace(self.context(), state=ChainMap(new, kept))
 
     # ------------------------------------------------------------------ before the reduction
 
@@ -162,14 +175,18 @@ class NoiseState:
             return {}
         due = self._past[0] if len(self._past) == self._past.maxlen else None
         if not self._weights.are_of(due, v):
-            self._weights.form(due, v, self.context(), learning_rates, measure=self.measure)
+            context = self._with_state(self._set, self._before[0])  # of the buckets that are due
+            self._weights.form(due, v, context, learning_rates, measure=self.measure)
             self._note_memory(self._weights.memory)
         return self._weights.terms
 
     def _note_memory(self, displaced: int = 0) -> None:
         """The displaced weights are gone before the rows of the step are there."""
-        held = sum(each.memory for each in (*self._past, self._pending) if each is not None)
-        self.memory = max(self.memory, held + displaced)
+        held = [each for seen in (*self._past, self._pending) if seen for each in seen.tensors]
+        held += [each for state in (self._kept, self._set, self._learned)
+                 for each in state.values() if isinstance(each, Tensor)]
+        once = {each.untyped_storage().data_ptr(): each.nbytes for each in held}
+        self.memory = max(self.memory, sum(once.values()) + displaced)
 
     def check_displaced(self, p: Tensor, v: int, learning_rates: Rates, *, by_hand: bool = False
                         ) -> None:
@@ -246,20 +263,35 @@ class NoiseState:
         return max(0, self._last_examples)
 
     def add_to_mean(self, exchange: Exchange) -> None:
-        """Add the noise to the mean gradients, where it acts on them."""
+        """Show the mean gradients to the noise and add it to them, where it acts on them."""
+        if self.measure and isinstance(self.noise, (MeanNoise, MeanObservingNoise)):
+            self._mean_square = sum(square(flat) for _, flat in exchange.reduced())
+        if isinstance(self.noise, MeanObservingNoise):
+            self._show_means(self.noise, exchange)
         if not isinstance(self.noise, MeanNoise):
             return
         observation = self._pending or self._unobserved(exchange)
         context = self.context(observation.examples / (self.world.size * self.virtual_workers))
         scale = self._current_loss_scale()
-        if self.measure:
-            self._mean_square = sum(square(flat) for _, flat in exchange.reduced())
         for bucket, reduced_N in exchange.reduced():
             noise_N = self.noise.mean_noise(bucket, observation, context)
-            check_returned(self.noise, "mean_noise", noise_N, (bucket.size,))
-            reduced_N.add_(noise_N, alpha=scale)
-            if self.measure:
-                self._added_square += square(noise_N)
+            self._add("mean_noise", noise_N, reduced_N, scale)
+
+    def _show_means(self, noise: MeanObservingNoise, exchange: Exchange) -> None:
+        context, scale = self._with_state(self._learned, self._kept), self._current_loss_scale()
+        for bucket, reduced_N in exchange.reduced():
+            mean_N = reduced_N / scale if scale != 1 else reduced_N
+            added_N = noise.observe_mean(bucket, mean_N, context)
+            if added_N is not None:
+                self._add("observe_mean", added_N, reduced_N, scale)
+        self._note_memory()
+
+    def _add(self, call: str, noise_N: Tensor, reduced_N: Tensor, scale: float) -> None:
+        assert self.noise is not None
+        check_returned(self.noise, call, noise_N, tuple(reduced_N.shape))
+        reduced_N.add_(noise_N, alpha=scale)
+        if self.measure:
+            self._added_square += square(noise_N)
 
     def _unobserved(self, exchange: Exchange) -> Observation:
         """For a noise that does not observe: the examples alone."""
@@ -272,7 +304,8 @@ class NoiseState:
         if not self.measure:
             return
         V, scale = self.virtual_workers, self._current_loss_scale()
-        known = self.noise is None or self._weights is not None or isinstance(self.noise, MeanNoise)
+        known = self.noise is None or self._weights is not None \
+            or isinstance(self.noise, (MeanNoise, MeanObservingNoise))
         squares = self._added_square * V if self._weights is None else \
             sum(self._weights.squares.values())
         mine = torch.tensor([sum(map(float, self._local_squares)) / scale ** 2, squares],
@@ -309,6 +342,7 @@ class NoiseState:
         self.forget_passes()
         self.forget_observations()
         self._kept, self._kept_of = {}, layout.digest
+        self._before = self._kept, self._kept_of
         if self._weights is not None:
             self._weights.forget()
         self.steps = state["steps"] if state else 0
@@ -323,9 +357,10 @@ class NoiseState:
                              "noise: resume with the same bucket_bytes, ranks, virtual_workers "
                              "and noise, or drop \"hvdnoise\" from the optimizer's state to "
                              "start the noise anew")
-        devices = {bucket.key: bucket.device for bucket in layout.buckets}
-        self._kept.update({key: value.to(devices[key]) if key in devices
-                           and isinstance(value, Tensor) else value
-                           for key, value in kept["values"].items()})
+        for key, value in kept["values"].items():
+            devices = [bucket.device for bucket in layout.buckets
+                       if f"{key} ".startswith(f"{bucket.key} ")]
+            self._kept[key] = value.to(devices[0]) if devices and isinstance(value, Tensor) \
+                else value
         if self._weights is not None:
             self._past.extend(each for each in past if each is not None)

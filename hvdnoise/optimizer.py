@@ -31,7 +31,7 @@ from torch import Tensor
 from hvdnoise import comm
 from hvdnoise.buckets import default_bucket_bytes
 from hvdnoise.exchange_plan import Shape
-from hvdnoise.noise.base import Noise, check_noise
+from hvdnoise.noise.base import MeanObservingNoise, Noise, WeightNoise, check_noise
 from hvdnoise.noise_state import Measured, NoiseState
 from hvdnoise.parameters import OptimizerParameters
 from hvdnoise.plans import Choice, choose
@@ -258,7 +258,11 @@ class _DistributedOptimizer(Wrapper):
         state = self._noise_state
         assert state.watch is not None
         state.forget_observations()
-        closure()
+        state.first_pass = True
+        try:
+            closure()
+        finally:
+            state.first_pass = False
         state.keep_observation()
         statistics = state.watch.normalization_statistics()
         state.observing = False
@@ -374,7 +378,8 @@ def DistributedOptimizer(
         logging.getLogger("hvdnoise").info("exchange plan %s: %s", choice.name, choice.reason)
     options = Options(op=reduction, compression=compression, sparse_as_dense=sparse_as_dense,
                       gradient_predivide_factor=gradient_predivide_factor,
-                      keep_rows=noise is not None and noise.needs_deviations,
+                      keep_rows=noise is not None and (noise.needs_deviations or isinstance(
+                          noise, (WeightNoise, MeanObservingNoise))),
                       lag=max(1, noise.lag) if noise is not None else 1, plan=choice.plan,
                       precision=noise_precision,
                       peers=world.group(choice.group_size) if choice.plan.grouped else None)

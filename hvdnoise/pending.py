@@ -1,8 +1,9 @@
 """What a noise learns from a step, while the step is exchanged.
 
 A `PendingObservation` belongs to one exchange and owns its rows. The tasks of the exchange fill it
-with rows (deviations or mixtures) and statistics. `start_sharing` sums the statistics over the
-ranks; `finish` takes the sums. What was saved of one in a checkpoint comes back by `restore`.
+with rows (gradients, deviations or mixtures) and statistics. `start_sharing` sums the statistics
+over the ranks; `finish` takes the sums. What was saved of one in a checkpoint comes back by
+`restore`.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ class PendingObservation(Observation):
     Args:
         context: of the step; its ``examples_per_worker`` is not known yet.
         loss_scale: tells the factor of the loss, by which everything is divided.
+        stays: the pass is there to be observed by each rank alone; nobody uses its mean.
     """
 
     def __init__(self, noise: Noise, context: StepContext, layout: Layout,
-                 loss_scale: Callable[[], float]) -> None:
+                 loss_scale: Callable[[], float], *, stays: bool = False) -> None:
         super().__init__(layout, {}, {}, 0.0)
-        self.noise, self.context = noise, context
+        self.noise, self.context, self.stays = noise, context, stays
         self.observes = noise.statistics is not None
         self._loss_scale = loss_scale
         self._weights: dict[tuple[range, range], Tensor] = {}
@@ -56,9 +58,9 @@ class PendingObservation(Observation):
         return self.rows[bucket.index]
 
     @property
-    def memory(self) -> int:
-        """Bytes of rows and statistics."""
-        return sum(each.nbytes for each in (*self.rows.values(), *self.statistics.values()))
+    def tensors(self) -> list[Tensor]:
+        """Rows and statistics."""
+        return [*self.rows.values(), *self.statistics.values()]
 
     def observe(self, bucket: Bucket, start: int, deviations_Kn: Tensor) -> None:
         """Take in the deviations, as they come, of some workers in a part of a bucket."""

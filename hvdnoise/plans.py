@@ -44,16 +44,14 @@ if TYPE_CHECKING:
 
 
 class AllreducePlan(ExchangePlan):
-    """The mean by allreduce; rows become the deviations."""
+    """The mean by allreduce; rows become the deviations, or stay gradients."""
 
     name = "allreduce"
     mixes = all_workers = takes_storage = carries_16_bits = False
 
     def schedule(self, task: BucketTask) -> Schedule:
         task.finish_allreduce((yield task.start_allreduce()))
-        if task.pending is not None:
-            task.observe(keep=True)
-            task.pending.unscale_(task.rows)
+        task.keep_rows()
         yield MEAN
 
     def row_bytes(self, shape: Shape) -> float:
@@ -65,6 +63,19 @@ class AllreducePlan(ExchangePlan):
     def check(self, shape: Shape) -> None:
         raise ValueError(f"exchange={self.name!r}: this noise mixes the deviations of all workers, "
                          f"which must travel: use auto, {', '.join(MIXING_PLANS)}")
+
+
+class StayingPlan(AllreducePlan):
+    """Nothing travels, and the mean is this rank's own: of a pass that is only looked at."""
+
+    name = "staying"
+
+    def schedule(self, task: BucketTask) -> Schedule:
+        task.keep_rows()
+        yield MEAN
+
+    def row_bytes(self, shape: Shape) -> float:
+        return 0.0
 
 
 class AllgatherPlan(ExchangePlan):
@@ -265,6 +276,7 @@ def _copies(shape: Shape) -> float:
 
 PLAIN = AllreducePlan()
 ALONE = GatherOnlyPlan()  # of a world of one rank: from itself
+STAYING = StayingPlan()
 PLANS: dict[str, ExchangePlan] = {plan.name: plan for plan in (
     PLAIN, ALONE, AllgatherPlan(), TransposePlan(), GroupPlan())}
 MIXING_PLANS = tuple(name for name, plan in PLANS.items() if plan.mixes)

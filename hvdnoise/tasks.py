@@ -31,7 +31,7 @@ class Options:
 
     Attributes:
         plan: of mixtures, where the noise mixes.
-        keep_rows: whether each worker's own gradient is wanted beside the mean.
+        keep_rows: whether the noise wants more of the gradients than that they be averaged.
         lag: how many steps mixtures and statistics may take.
         precision: of mixtures on the wire.
         peers: the ranks among which rows are gathered; default all.
@@ -143,6 +143,12 @@ class BucketTask:
             x_Vn = torch.sub(x_Vn, self.reduced[part], out=x_Vn if keep else None)
             if self.observes:
                 self.observe_part(part.start, x_Vn)
+
+    def keep_rows(self) -> None:
+        """The rows become what the noise keeps of them without the rows of others."""
+        if self.pending is not None and self.pending.noise.needs_deviations:
+            self.observe(keep=self.pending.noise.rows != "gradients")
+            self.pending.unscale_(self.rows)
 
     def reach_mean(self) -> None:
         """The mean is in its place, and the noise has observed."""

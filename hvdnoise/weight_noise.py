@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Callable
+from typing import Any, Callable, Iterable
 
 from torch import Tensor
 
@@ -30,6 +30,11 @@ class NoiseCoverage:
     missed: int = 0
 
 
+def storages(values: Iterable[Any]) -> set[int]:
+    """Where the tensors among some values are stored."""
+    return {each.untyped_storage().data_ptr() for each in values if isinstance(each, Tensor)}
+
+
 class Displacements:
     """The deltas that a `WeightNoise` gives this rank's workers.
 
@@ -44,6 +49,7 @@ class Displacements:
         self.squares: dict[int, float] = {}
         self._noise = noise
         self.terms: dict[Tensor, Term] = {}
+        self._formed = 0  # bytes of them that are neither rows nor kept by the noise
         self._of: tuple[PendingObservation | None, int] | None = None
         self._missed: dict[Tensor, str] = {}  # parameter -> why
         self._warned: set[str] = set()
@@ -51,12 +57,11 @@ class Displacements:
     @property
     def memory(self) -> int:
         """Bytes of the deltas and displaced weights of a worker."""
-        units = self._noise.rows is None
-        return sum(p.nbytes for p in self.terms) * (2 if units else 1)
+        return self._formed + sum(p.nbytes for p in self.terms)
 
     def forget(self) -> None:
         """The next forward needs other deltas."""
-        self.terms, self._of, self.squares = {}, None, {}
+        self.terms, self._of, self.squares, self._formed = {}, None, {}, 0
 
     def forget_passes(self) -> None:
         """What the passes of the step under way have shown is dropped."""
@@ -80,14 +85,16 @@ class Displacements:
             self.forget()
             self._of = due, v
             return
-        self.terms, self._of, total = {}, (due, v), 0.0
-        rate = learning_rates()
+        self.terms, self._of, self._formed, total = {}, (due, v), 0, 0.0
+        rate, known = learning_rates(), storages([*due.tensors, *context.state.values()])
         for bucket in due.layout.buckets:
             clean = [p.detach() for p in bucket.parameters]
             rates = [rate.get(p) for p in bucket.parameters]
             unit_N, factors = self._noise.displacement(bucket, v, clean, rates, due, context)
             check_returned(self._noise, "displacement", unit_N, (bucket.size,))
             check_returned(self._noise, "displacement", factors, (len(rates),))
+            if not storages([unit_N]) & known:
+                self._formed += unit_N.nbytes
             for t, p in enumerate(bucket.parameters):
                 if factors[t] and p.shape == bucket.shapes[t]:
                     self.terms[p] = Term(bucket.view(unit_N, t), factors[t], v)

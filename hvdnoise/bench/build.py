@@ -24,7 +24,6 @@ from hvdnoise.plans import PLAIN
 from hvdnoise.wrapping import Wrapper
 
 MOMENTUM = 0.9
-SAM_RHO = 0.05
 
 
 @dataclass
@@ -62,7 +61,7 @@ def flat_weights(model: nn.Module) -> Tensor:
 def build(variant: Variant, config: BenchConfig, problem: Problem, world: comm.World) -> Runner:
     """A new model and optimizer of this variant. Collective."""
     model = problem.new_model()
-    makers = {"plain": _plain, "ddp": _ddp, "sam": _sam}
+    makers = {"plain": _plain, "ddp": _ddp}
     optimizer, step = makers.get(variant.method, _noisy)(variant, model, config, problem, world)
     return Runner(variant, model, optimizer, step)
 
@@ -110,27 +109,6 @@ def _ddp(variant: Variant, model: nn.Module, config: BenchConfig, problem: Probl
             model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
     optimizer = _sgd(model.parameters(), config)
     return optimizer, _ordinary(optimizer, lambda: problem.losses(parallel).mean())
-
-
-def _sam(variant: Variant, model: nn.Module, config: BenchConfig, problem: Problem,
-         world: comm.World) -> _Made:
-    from pytorch_optimizer import SAM
-
-    def base(groups: Any) -> torch.optim.Optimizer:
-        return comm.horovod_optimizer(_sgd(groups, config), model.named_parameters(),
-                                      backward_passes_per_step=2)
-    optimizer = SAM(model.parameters(), base, rho=SAM_RHO)
-
-    def evaluate() -> Tensor:
-        optimizer.zero_grad()  # SAM's: Horovod's own refuses between two passes
-        loss = problem.losses(model).mean()
-        loss.backward()
-        return loss
-
-    def step() -> None:
-        evaluate()
-        optimizer.step(evaluate)
-    return optimizer, step
 
 
 def _ordinary(optimizer: Any, loss: Callable[[], Tensor]) -> Callable[[], None]:

@@ -23,7 +23,8 @@ class BenchConfig:
         model: a model of train, for synthetic images of 10 classes, or comm:25M for 25 million
             numbers (k: thousand) whose gradients cost next to no computation.
         variants: names with commas between: plain, none, ddp, sam, gnc-own, gnc-isotropic,
-            full-workers, full-examples, isotropic, gathered[:PLAN][:PRECISION][:LAG] as in
+            full-workers, full-examples, isotropic, stale-sam, momentum-sam, extrapolation,
+            anticorrelated, pnm, gathered[:PLAN][:PRECISION][:LAG] as in
             gathered:transpose:bf16:lag2, or any other registered noise as in KIND:OPTION=VALUE;
             or default, or all. plain is always there.
         plugins: as of hvdnoise train: Python files or modules that register noises.
@@ -35,7 +36,7 @@ class BenchConfig:
         steps: measured steps of a turn.
         warmup: rounds before those that count.
         memory: measure each variant's memory, alone, before the rounds.
-        radius: of GNC.
+        radius: of GNC, SAM and other displacements, unless they follow the learning rate.
         emulated_batch: of covariance noise; default: half of the whole batch.
         group_size: ranks that gather among themselves in gathered:group.
         lr: of SGD with momentum 0.9, which all variants use.

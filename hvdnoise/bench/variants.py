@@ -3,13 +3,14 @@
     plain           Horovod's own hvd.DistributedOptimizer: what all others are compared with
     none            hvdnoise.DistributedOptimizer without noise
     ddp             torch's DistributedDataParallel: gloo, or nccl with a GPU for every rank
-    sam             sharpness-aware minimization of pytorch_optimizer, rho 0.05: two passes, of
-                    which the first stays on the rank and the second is averaged by Horovod
+    sam             sharpness-aware minimization by each worker's own gradient: two passes, of
+                    which the first stays on the rank
     gnc-own, gnc-isotropic                  GNC that needs nothing from the other workers [:LAG]
     gathered[:PLAN][:PRECISION][:LAG]       GNC from mixtures of all workers' deviations
     full-workers, full-examples             covariance noise by weights (identities I1 and I2)
     isotropic                               covariance noise without structure: the control
     STRUCTURE-SOURCE[:OPTION=VALUE...]      any other registered covariance
+    stale-sam, momentum-sam, extrapolation, anticorrelated, pnm     baselines without a second pass
     KIND[:OPTION=VALUE...]                  any other registered noise, by its name
 
     PLAN        auto (default), allgather, gather-only, transpose, group (of --group_size ranks)
@@ -17,7 +18,8 @@
     LAG         lag0, lag1 (default), lag2
 
 For instance gathered:transpose:bf16:lag2. GNC: Haruki et al. 2019; covariance noise: Wen et al.
-2020; SAM: Foret et al., Sharpness-Aware Minimization, ICLR 2021, arXiv:2010.01412.
+2020; SAM: Foret et al., Sharpness-Aware Minimization, ICLR 2021, arXiv:2010.01412. The sources of
+the other baselines are in their modules in hvdnoise.noise.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ LAGS = ("lag0", "lag1", "lag2")
 SETS = {
     "default": ("plain", "none", "ddp", "sam", "gnc-own", "full-workers", "gathered"),
     "all": ("plain", "none", "ddp", "sam", "gnc-own", "gnc-isotropic", "gnc-layerwise",
-            "full-workers", "full-examples", "diagonal", "isotropic", "layerwise", "gathered",
+            "full-workers", "full-examples", "diagonal", "isotropic", "layerwise", "stale-sam",
+            "momentum-sam", "extrapolation", "anticorrelated", "pnm", "gathered",
             *(f"gathered:{name}{options}" for name in MIXING_PLANS
               for options in PLANS[name].compared)),
 }
@@ -48,7 +51,7 @@ SETS = {
 
 def methods() -> dict[str, dict[str, Any] | None]:
     """The methods by name: the settings of each one's noise, None where it has none."""
-    found: dict[str, dict[str, Any] | None] = dict.fromkeys(("plain", "none", "ddp", "sam"))
+    found: dict[str, dict[str, Any] | None] = dict.fromkeys(("plain", "none", "ddp"))
     for source in SOURCES:
         found["gathered" if source == "gathered" else f"gnc-{source}"] = {
             "kind": "gnc", "source": source}
@@ -111,10 +114,12 @@ class Variant:
                         statistics_bytes: int = 0) -> float:
         """Bytes that a rank receives in a step under a plan of `hvdnoise.plans`.
 
-        The first pass of lag 0 costs an exchange of its own.
+        The first pass of lag 0 costs an exchange of its own, unless it stays on the rank.
         """
+        noise = self.noise(radius=0.0, emulated_batch=1, batch_size=1, seed=0)
+        twice = noise is not None and noise.lag == 0 and not noise.needs_no_mean
         shape = Shape(numbers, ranks, precision=self.precision, group_size=group_size)
-        again = PLAIN.bytes_received(shape) if self.lag == 0 or "lag=0" in self.given else 0.0
+        again = PLAIN.bytes_received(shape) if twice else 0.0
         once = replace(shape, statistics_bytes=statistics_bytes)
         return PLANS[plan].bytes_received(once) + again
 

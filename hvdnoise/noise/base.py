@@ -12,7 +12,8 @@ has:
 
 An `ObservingNoise`, which a noise may be as well, has `observe`: it sees the workers' deviations
 d_i = g_i - mean, part by part, and sums up statistics of them. The exchange sums these over the
-ranks, mixes rows by the mixing weights, and gives both back as an `Observation`.
+ranks, mixes rows by the mixing weights, and gives both back as an `Observation`. A
+`MeanObservingNoise` has `observe_mean`: it sees the mean gradient of each step, and may add to it.
 
 Random numbers come from `hvdnoise.streams`, keyed by the noise's seed, the step and, where ranks
 must differ, the worker. What else a noise keeps from step to step, such as a running mean, it puts
@@ -45,7 +46,8 @@ class StepContext:
         workers: the indices, among the W, of this rank's workers.
         examples_per_worker: b; 0 where it is not known.
         state: what the noise keeps, tensors and numbers by names of its choice; a tensor that
-            belongs to a bucket by `Bucket.key`. What is set here counts once the step is taken.
+            belongs to a bucket by `Bucket.key`, or by it, a space and a word. What is set here
+            counts once the step is taken.
             Set a new tensor; do not change one in place. It starts anew where the buckets change.
     """
 
@@ -93,6 +95,15 @@ class Observation:
     rows: dict[int, Tensor]
     statistics: dict[int, Tensor]
     examples: float
+    _norms: dict[int, float] = field(default_factory=dict, init=False, repr=False)
+
+    def row_norm(self, v: int) -> float:
+        """The length of row ``v`` over all buckets; computed once, when first asked for."""
+        if v not in self._norms:
+            squares = [square_norm(self.rows[bucket.index][v]) for bucket in self.layout.buckets]
+            total = sum(each.to(squares[0].device) for each in squares)
+            self._norms[v] = math.sqrt(float(total))
+        return self._norms[v]
 
 
 class Noise(ABC):
@@ -103,14 +114,15 @@ class Noise(ABC):
 
     Attributes:
         statistics: what it sums up over the deviations; None: it does not observe.
-        rows: what it needs of this rank's workers: each one's own deviations, or a mixture of all.
+        rows: what it needs of this rank's workers: each one's own gradient or deviations, or a
+            mixture of all deviations.
         lag: for how many steps the observation is kept.
         every: it observes in every n-th step only, and where it keeps nothing yet.
         min_workers: the fewest that it can be estimated from.
     """
 
     statistics: Statistics | None = None
-    rows: Literal["deviations", "mixtures"] | None = None
+    rows: Literal["gradients", "deviations", "mixtures"] | None = None
     lag: int = 1
     every: int = 1
     min_workers: int = 1
@@ -122,8 +134,13 @@ class Noise(ABC):
 
     @property
     def needs_deviations(self) -> bool:
-        """Whether it wants anything of a step's deviations."""
+        """Whether it wants anything of the single workers' gradients or deviations."""
         return self.statistics is not None or self.rows is not None
+
+    @property
+    def needs_no_mean(self) -> bool:
+        """Whether each rank knows alone what it needs, so a first pass (lag 0) can stay there."""
+        return self.rows == "gradients" and self.statistics is None
 
     @property
     def mixes(self) -> bool:
@@ -158,6 +175,23 @@ class ObservingNoise(Noise):
             start: the part is ``[start, start + n)`` of the bucket.
             deviations_Kn: d_i of K of the workers there; not to be changed or kept.
             out: (n,), the part's own, where statistics are elementwise; else (size,), the bucket's.
+        """
+
+
+class MeanObservingNoise(Noise):
+    """A noise that keeps something of the mean gradient, such as its running mean."""
+
+    @abstractmethod
+    def observe_mean(self, bucket: Bucket, mean_N: Tensor, context: StepContext) -> Tensor | None:
+        """The step's mean gradient is known: keep what is needed of it in ``context.state``.
+
+        All ranks get the same bits. A displacement sees what is kept from the next step on.
+
+        Args:
+            mean_N: before anything was added; not to be changed or kept.
+
+        Returns:
+            (N,), what is added to the mean gradient, the same bits on every rank; None: nothing.
         """
 
 
@@ -247,7 +281,8 @@ def check_noise(noise: object, num_workers: int = 0) -> None:
         return
     if not isinstance(noise, Noise):
         raise TypeError(f"noise={noise!r} is no noise: pass GNC(...), CovarianceNoise(...) or None")
-    wanted: list[type | tuple[type, ...]] = [(WorkerNoise, ExampleNoise, MeanNoise, WeightNoise)]
+    wanted: list[type | tuple[type, ...]] = [(WorkerNoise, ExampleNoise, MeanNoise, WeightNoise,
+                                              MeanObservingNoise)]
     wanted += [ObservingNoise] if noise.statistics is not None else []
     wanted += [MixingNoise] if noise.mixes else []
     if isinstance(noise, ObservingNoise) and isinstance(noise, MeanNoise) and not noise.statistics:

@@ -6,12 +6,21 @@ import dataclasses
 import inspect
 from typing import Any, Callable, TypeVar, overload
 
+from hvdnoise.noise.anticorrelated import AnticorrelatedNoise
 from hvdnoise.noise.base import Noise
 from hvdnoise.noise.covariance import COVARIANCES, CovarianceNoise, own_options
+from hvdnoise.noise.extrapolation import Extrapolation
 from hvdnoise.noise.gnc import GNC
+from hvdnoise.noise.momentum_sam import MomentumSAM
+from hvdnoise.noise.pnm import PNM
+from hvdnoise.noise.sam import SAM, StaleSAM
 from hvdnoise.noise.signature import Maker, Option, check_maker, check_name, name_of, options_of
 
-BUILT_IN: dict[str, Maker] = {"gnc": GNC, "covariance": CovarianceNoise}
+BUILT_IN: dict[str, Maker] = {
+    "gnc": GNC, "covariance": CovarianceNoise,
+    # what others do, to compare with
+    "sam": SAM, "stale-sam": StaleSAM, "momentum-sam": MomentumSAM, "extrapolation": Extrapolation,
+    "anticorrelated": AnticorrelatedNoise, "pnm": PNM}
 SUPPLIED = ("seed", "batch_size")  # by the trainer, where the constructor takes them
 _MAKERS: dict[str, Maker] = dict(BUILT_IN)
 

@@ -79,7 +79,7 @@ def test_a_schedule_reaches_its_final_value() -> None:
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--noise.kind mad", "noise.kind=mad is wrong: give one of none, gnc, covariance, made"),
+    ("--noise.kind mad", "noise.kind=mad is wrong: give one of none, gnc, covariance, sam, "),
     ("--noise.hight 1", "unknown --noise.hight 1: did you mean noise.height"),
     ("--noise.height high", "noise.height=high is wrong: give a number or null"),
     ("--noise.source 1.5 --noise.kind made --noise.height 1", "noise.source=1.5 is wrong: give a "

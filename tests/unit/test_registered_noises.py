@@ -221,7 +221,7 @@ def test_a_checkpoint_holds_the_running_mean_and_nothing_more() -> None:
     assert state["seen"] == []
     mean_P, weight = state["kept"]["values"].values()
     assert mean_P.shape == (P,) and weight == pytest.approx(1 - 0.7 ** 2)
-    assert memory == 2 * P * 8 + P * 8  # the rows, and the sums
+    assert memory == 2 * P * 8 + P * 8 + P * 8  # the rows, the sums, and what is kept
 
 
 def test_statistics_count_in_the_plan_and_the_bench() -> None:

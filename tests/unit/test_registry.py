@@ -18,6 +18,9 @@ from hvdnoise.noise.registry import supplied
 from hvdnoise.noise.signature import REQUIRED
 from tests.noises import forgotten_afterwards
 
+BUILT_IN = ["gnc", "covariance", "sam", "stale-sam", "momentum-sam", "extrapolation",
+            "anticorrelated", "pnm"]
+
 
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
@@ -57,7 +60,7 @@ class LowRank(EmulatedBatchNoise):
 
 
 def test_the_built_in_kinds_and_their_options() -> None:
-    assert kinds() == ["gnc", "covariance"]
+    assert kinds() == BUILT_IN
     assert list(noise_options("gnc")) == ["radius", "lr", "relative", "source", "lag"]
     assert list(noise_options("covariance")) == ["structure", "emulated_batch", "source", "decay",
                                                  "every", "trace"]
@@ -116,7 +119,7 @@ def test_bad_names_are_refused(kind: Any) -> None:
     with pytest.raises(ValueError) as caught:
         register_noise(kind, Plain)
     assert repr(kind) in str(caught.value) and "\n" not in str(caught.value)
-    assert kinds() == ["gnc", "covariance"]
+    assert kinds() == BUILT_IN
 
 
 def takes_final(final: float = 0.0) -> Any: ...
