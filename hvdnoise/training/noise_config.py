@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Literal, Mapping
 
 from hvdnoise.noise.base import Noise, check_noise
-from hvdnoise.noise.registry import BUILT_IN, find, kinds, make_noise, noise_options, supplied
+from hvdnoise.noise.registry import find, kinds, make_noise, noise_options, supplied
 from hvdnoise.noise.signature import REQUIRED, Option, summary
 from hvdnoise.training.errors import ConfigError
+
+ALWAYS = ("gnc", "covariance")  # their options are in the settings of every run, as null
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -64,8 +66,8 @@ class NoiseConfig:
             f"{name}={value!r}" for name, value in (("kind", self.kind), *self.options)) + ")"
 
     def settings(self) -> dict[str, Any]:
-        """Kind and options by name, None where not given: those of its kind and the built-in."""
-        takes = [name for kind in (*BUILT_IN, self.kind) for name in settings_of(kind)]
+        """Kind and options by name, None where not given: those of its kind and `ALWAYS`."""
+        takes = [name for kind in (*ALWAYS, self.kind) for name in settings_of(kind)]
         return {"kind": self.kind, **dict.fromkeys(takes), **dict(self.options)}
 
     def build(self, *, seed: int, batch_size: int, total_steps: int) -> Noise | None:
