@@ -7,13 +7,25 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from typing import Any
+import tempfile
+from typing import Any, Callable
 
 import numpy as np
 import torch
 
-from hvdnoise import GNC, CovarianceNoise
+from hvdnoise import (
+    GNC,
+    PNM,
+    SAM,
+    AnticorrelatedNoise,
+    CovarianceNoise,
+    Extrapolation,
+    MomentumSAM,
+    StaleSAM,
+)
 from hvdnoise.comm import World
+from hvdnoise.training.config import TrainConfig
+from hvdnoise.training.options import parse
 from tests import linear, reference, runs
 from tests.checks import on
 from tests.fake_world import Meeting, ThreadWorld
@@ -60,6 +72,36 @@ def check_virtual_workers_are_workers(world: World) -> None:
         assert relative_error(here, alone) < 1e-9, name
 
 
+BASELINES: dict[str, tuple[str, Any]] = {
+    "sam": ("radius: 0.3", lambda: SAM(0.3)), "stale-sam": ("radius: 0.3", lambda: StaleSAM(0.3)),
+    "momentum-sam": ("radius: 0.3, momentum: 0.5", lambda: MomentumSAM(0.3, momentum=0.5)),
+    "extrapolation": ("lr: 2", lambda: Extrapolation(2.0)),
+    "anticorrelated": ("radius: 0.3", lambda: AnticorrelatedNoise(0.3)),
+    "pnm": ("beta: 0.5, beta0: 2", lambda: PNM(0.5, 2.0))}
+
+
+@on("gloo-2", "mpi-2")
+def check_baselines_of_a_settings_file(world: World) -> None:
+    """The same as 1 rank x 4 workers, which tests/unit/test_neighbours.py compares with loops."""
+    for kind, (options, make) in BASELINES.items():
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+            file.write(f"noise: {{kind: {kind}, {options}}}\n")
+            file.flush()
+            config = parse(TrainConfig, ["--config", file.name], program="hvdnoise train")
+        noise = config.noise.build(seed=0, batch_size=4, total_steps=1)
+        here = on_this_world(world, noise, 6, momentum=0.9).weights[-1]
+        alone = on_this_world(ThreadWorld(Meeting(1, 1.0), 0), make(), 6, momentum=0.9).weights[-1]
+        assert relative_error(here, alone) < 1e-9, kind
+        everyone = world.gather_json([float(each) for each in here], name="weights")
+        assert all(each == everyone[0] for each in everyone), kind
+
+
+@on("gloo-2", "mpi-2")
+def check_a_loaded_baseline_goes_on(world: World) -> None:
+    for kind, (_, make) in BASELINES.items():
+        assert_goes_on(world, make, kind)
+
+
 def check_replicas_stay_identical(world: World) -> None:
     """Bit for bit, after steps in float32 with every noise."""
     digests = {}
@@ -72,16 +114,19 @@ def check_replicas_stay_identical(world: World) -> None:
 
 def check_a_loaded_run_goes_on(world: World) -> None:
     for name in ("own", "gathered", "isotropic"):  # the rest has no state but the step
-        make = runs.NOISES[name]
-        model, optimizer = build(world, make(), V=W // world.size)
-        train(model, optimizer, 2)
-        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-        whole = train(model, optimizer, 2, first=2)
-        other, resumed = build(world, make(), V=W // world.size)
-        other.load_state_dict(saved[0])
-        resumed.load_state_dict(saved[1])
-        again = train(other, resumed, 2, first=2)
-        assert torch.equal(again.weights[-1], whole.weights[-1]), name
+        assert_goes_on(world, runs.NOISES[name], name)
+
+
+def assert_goes_on(world: World, make: Callable[[], Any], name: str) -> None:
+    model, optimizer = build(world, make(), V=W // world.size)
+    train(model, optimizer, 2)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    whole = train(model, optimizer, 2, first=2)
+    other, resumed = build(world, make(), V=W // world.size)
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    again = train(other, resumed, 2, first=2)
+    assert torch.equal(again.weights[-1], whole.weights[-1]), name
 
 
 def check_measured_is_the_same_on_all_ranks(world: World) -> None:

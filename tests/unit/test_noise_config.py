@@ -107,7 +107,8 @@ def test_the_help_explains_every_option_and_who_takes_it(capsys: Any) -> None:
                  "--noise.height HEIGHT of made: how high; 100% is usual. (type: float",
                  "of made: where it comes from; default: 3. (type: ",
                  "--noise.final FINAL of gnc: the value of radius/lr/relative at the end of the "
-                 "run, reached linearly; default: it stays the same; of made: the value of height",
+                 "run, reached linearly; default: it stays the same; of sam and stale-sam and ",
+                 "of made: the value of height",
                  "of covariance: M, the batch whose noise"):
         assert text in said, text
 
