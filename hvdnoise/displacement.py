@@ -73,9 +73,20 @@ class _Thread(threading.local):
     displaced: tuple[Displaced, ...] = ()  # those that train, one for each optimizer
     depth = 0  # of `Call`s
     inside = False  # a call of a watched module is under way; what is compiled asks
+    unseen = False  # calls are none of the training's
 
 
 thread = _Thread()
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """The calls inside are none of the training's: nothing is displaced or counted."""
+    before, thread.unseen = thread.unseen, True
+    try:
+        yield
+    finally:
+        thread.unseen = before
 
 
 def lasting() -> tuple[Displaced, ...]:

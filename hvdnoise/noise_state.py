@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hvdnoise.buckets import Layout
 from hvdnoise.comm import World
@@ -32,6 +32,8 @@ from hvdnoise.noise.base import (
     check_returned,
 )
 from hvdnoise.pending import PendingObservation
+from hvdnoise.per_example import ExampleStatistics, LossesOf, check_model, example_gradients
+from hvdnoise.streams import generator
 from hvdnoise.watch import ModelWatch
 from hvdnoise.weight_noise import Displacements, NoiseCoverage, Rates
 
@@ -83,6 +85,7 @@ class NoiseState:
         # as of the last step that was taken
         self._before: tuple[dict[str, Any], str | None] = self._kept, self._kept_of
         self._last_examples = 0
+        self._from_examples = ExampleStatistics()  # for a noise that sees examples
         self._weighed = False  # what the next backward pass comes from
         self.forget_passes()
 
@@ -107,6 +110,7 @@ class NoiseState:
         self._mean_square: float | None = None  # of the mean without it
         self._weight_deviation: float | None = None
         self._examples: list[list[int]] = [[]]  # by worker and pass
+        self._from_examples.forget()
         if self._weights is not None:
             self._weights.forget_passes()
 
@@ -142,11 +146,43 @@ class NoiseState:
         if self._kept_of != layout.digest:
             self._kept, self._kept_of = {}, layout.digest
         if noise is None or not self.observing or (self._kept and self.steps % noise.every) or not (
-                noise.needs_deviations or self._weights is not None):
+                noise.needs_deviations or noise.sees_examples or self._weights is not None):
             return None
         self._pending = PendingObservation(noise, self.context(), layout, self._current_loss_scale,
-                                           stays=self.first_pass and noise.needs_no_mean)
+                                           stays=self.first_pass and noise.needs_no_mean,
+                                           statistics=self._from_examples.sums)
         return self._pending
+
+    def observe_examples(self, layout: Layout, names: dict[Tensor, str],
+                         of: tuple[nn.Module, LossesOf, Tensor, Tensor], where: tuple[int, int]
+                         ) -> None:
+        """Show the noise the gradients of a pass's examples; nothing where it does not ask.
+
+        Args:
+            names: of the parameters.
+            of: the model, its losses, inputs and targets.
+            where: the number of this rank's worker, and of its pass.
+        """
+        noise = self.noise
+        if noise is None or not noise.sees_examples or (
+                self._kept and self._kept_of == layout.digest and self.steps % noise.every):
+            return
+        (model, _, inputs, _), (v, part), context = of, where, self.context()
+        found = check_model(model, [p for bucket in layout.buckets for p in bucket.parameters],
+                            names)
+        sampling = None
+        if noise.labels == "sampled":
+            sampling = generator(noise.seed, "labels", self.steps, context.workers[v], part)
+        self._from_examples.add(noise, layout, context, len(inputs),
+                                example_gradients(found, *of, sampling))
+
+    def check_observed(self) -> None:
+        """Raise where the examples of the pass that begins were not shown but had to be."""
+        if self._pending is not None and self._pending.noise.sees_examples \
+                and self._from_examples.count_of_pass is None:
+            raise RuntimeError("this noise sees the gradients of single examples in this step: "
+                               "call optimizer.observe_examples(model, losses_of, inputs, "
+                               "targets) before backward()")
 
     def _current_loss_scale(self) -> float:
         return float(self.loss_scale() if callable(self.loss_scale) else self.loss_scale)
@@ -237,12 +273,20 @@ class NoiseState:
     def end_pass(self, *, counts: bool, in_pass: bool = True) -> None:
         """A backward pass is through; ``counts``: it was one of the step."""
         if self.watch is None:
+            self._from_examples.count_of_pass = None
             return
         if counts and isinstance(self.noise, (WorkerNoise, MeanNoise)):
             self._examples[-1].append(self.watch.examples(repeated=in_pass))
+            self._check_count(self._examples[-1][-1])
         self.watch.end_pass()
         if self._weights is not None:
             self._weights.warn(self.watch)
+
+    def _check_count(self, examples: int) -> None:
+        shown, self._from_examples.count_of_pass = self._from_examples.count_of_pass, None
+        if shown is not None and examples > 0 and examples != shown:
+            raise ValueError(f"observe_examples() was given {shown} examples and the forward had "
+                             f"{examples}: give it the whole batch of the pass")
 
     def end_worker(self) -> None:
         """The next pass is another worker's."""
@@ -254,6 +298,8 @@ class NoiseState:
     def examples(self) -> float:
         """Of this rank's workers together; nan where a call has no tensor that would tell."""
         self._note_memory()
+        if self._pending is not None and self._pending.noise.sees_examples:
+            return self._from_examples.count
         examples = [each for worker in self._examples for each in worker]
         return sum(examples) if min(examples, default=0) >= 0 else math.nan
 

@@ -158,6 +158,26 @@ class _DistributedOptimizer(Wrapper):
                              'example, from a criterion with reduction="none"')
         return losses.mean() if self._runner is None else self._runner.weigh(losses)
 
+    def observe_examples(self, model: torch.nn.Module,
+                         losses_of: Callable[[Tensor, Tensor], Tensor], inputs: Tensor,
+                         targets: Tensor) -> None:
+        """Show the noise the gradients of the single examples of the next backward pass.
+
+        Before that pass, for each worker and each of its passes. It costs about a forward and a
+        backward where the noise asks for it (``every`` n-th step), and nothing elsewhere.
+
+        Args:
+            model: holds the parameters; undisplaced weights, in its mode of now.
+            losses_of: (outputs, targets) -> (examples,): the losses whose mean is trained on.
+            inputs, targets: of all examples of the pass; the leading dimension counts them.
+
+        Raises:
+            ValueError: for parameters that are not the model's, or BatchNorm in training mode.
+            RuntimeError: after the step's last backward pass.
+        """
+        if self._runner is not None:
+            self._runner.observe_examples(model, losses_of, inputs, targets)
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Backward passes inside are not exchanged, and are none of the step's passes.
@@ -378,8 +398,9 @@ def DistributedOptimizer(
         logging.getLogger("hvdnoise").info("exchange plan %s: %s", choice.name, choice.reason)
     options = Options(op=reduction, compression=compression, sparse_as_dense=sparse_as_dense,
                       gradient_predivide_factor=gradient_predivide_factor,
-                      keep_rows=noise is not None and (noise.needs_deviations or isinstance(
-                          noise, (WeightNoise, MeanObservingNoise))),
+                      keep_rows=noise is not None and (
+                          noise.needs_deviations or noise.sees_examples
+                          or isinstance(noise, (WeightNoise, MeanObservingNoise))),
                       lag=max(1, noise.lag) if noise is not None else 1, plan=choice.plan,
                       precision=noise_precision,
                       peers=world.group(choice.group_size) if choice.plan.grouped else None)

@@ -33,11 +33,13 @@ class PendingObservation(Observation):
         context: of the step; its ``examples_per_worker`` is not known yet.
         loss_scale: tells the factor of the loss, by which everything is divided.
         stays: the pass is there to be observed by each rank alone; nobody uses its mean.
+        statistics: of this rank's examples, which are filled until the exchange begins.
     """
 
     def __init__(self, noise: Noise, context: StepContext, layout: Layout,
-                 loss_scale: Callable[[], float], *, stays: bool = False) -> None:
-        super().__init__(layout, {}, {}, 0.0)
+                 loss_scale: Callable[[], float], *, stays: bool = False,
+                 statistics: dict[int, Tensor] | None = None) -> None:
+        super().__init__(layout, {}, {} if statistics is None else statistics, 0.0)
         self.noise, self.context, self.stays = noise, context, stays
         self.observes = noise.statistics is not None
         self._loss_scale = loss_scale

@@ -82,6 +82,15 @@ class StepRunner:
         v, part = divmod(self.done % self.total, self.per_worker)
         return self.noise.weigh(losses, v, part, self.per_worker)
 
+    def observe_examples(self, *arguments: Any) -> None:
+        """Show the noise the gradients of the next pass's examples, if it asks for them."""
+        if self._under_way or self.reduced:
+            raise RuntimeError("observe_examples() after the step's backward passes: call it "
+                               "before the backward pass of its examples, and after zero_grad()")
+        self.prepare()
+        self.noise.observe_examples(self.parameters.layout, self.parameters.names, arguments,
+                                    divmod(self.done, self.per_worker))
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Backward passes inside are none of the step's."""
@@ -246,6 +255,7 @@ class StepRunner:
             if self.done == 0:
                 self.prepare()
                 self._start_exchange()
+            self.noise.check_observed()
         closing = partial(self._close_pass)
         self._closing = weakref.ref(closing, self._drop_pass)
         torch.autograd.Variable._execution_engine.queue_callback(closing)

@@ -128,7 +128,8 @@ class BucketTask:
     @property
     def observes(self) -> bool:
         """Whether the noise wants to observe."""
-        return self.pending is not None and self.pending.observes
+        return self.pending is not None and self.pending.observes \
+            and not self.pending.noise.sees_examples
 
     def observe_part(self, start: int, deviations_Kn: Tensor) -> None:
         """Show the noise a part of the bucket."""

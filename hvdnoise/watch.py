@@ -136,7 +136,7 @@ class ModelWatch:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
               frame: FrameType | None = None) -> Displaced | None:
         """A module is called, in no call that trains; what it sees, if this call trains."""
-        if not torch.is_grad_enabled():
+        if thread.unseen or not torch.is_grad_enabled():
             return None
         if not (module.training or self._in_eval):
             self._in_eval_mode.setdefault(module)  # the outermost comes first

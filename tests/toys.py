@@ -117,6 +117,7 @@ def train(model: nn.Module, optimizer: Any, steps: int, *, b: int = 4, first: in
                 x, y = batch(step, worker, b, dtype)
                 for part in range(k):
                     part_x, part_y = x[part::k], y[part::k]
+                    optimizer.observe_examples(model, losses, part_x, part_y)
                     loss = optimizer.weigh(losses(model(part_x), part_y)) / k
                     (loss * factor).backward()
             optimizer.synchronize()  # there may be other optimizers in this world

@@ -113,7 +113,10 @@ class Noise(ABC):
         seed: of its random streams, shared by all ranks.
 
     Attributes:
-        statistics: what it sums up over the deviations; None: it does not observe.
+        statistics: what it sums up over what it observes; None: it does not observe.
+        observed: what `observe` is shown: the workers' "deviations", or the gradients of single
+            "examples", for which the loop calls ``optimizer.observe_examples``.
+        labels: of those examples: the "true" ones, or "sampled" from the model's own prediction.
         rows: what it needs of this rank's workers: each one's own gradient or deviations, or a
             mixture of all deviations.
         lag: for how many steps the observation is kept.
@@ -122,6 +125,8 @@ class Noise(ABC):
     """
 
     statistics: Statistics | None = None
+    observed: Literal["deviations", "examples"] = "deviations"
+    labels: Literal["true", "sampled"] = "true"
     rows: Literal["gradients", "deviations", "mixtures"] | None = None
     lag: int = 1
     every: int = 1
@@ -135,7 +140,12 @@ class Noise(ABC):
     @property
     def needs_deviations(self) -> bool:
         """Whether it wants anything of the single workers' gradients or deviations."""
-        return self.statistics is not None or self.rows is not None
+        return self.rows is not None or (self.statistics is not None and not self.sees_examples)
+
+    @property
+    def sees_examples(self) -> bool:
+        """Whether it sums up statistics of single examples' gradients."""
+        return self.statistics is not None and self.observed == "examples"
 
     @property
     def needs_no_mean(self) -> bool:
@@ -161,19 +171,23 @@ class Noise(ABC):
 
 
 class ObservingNoise(Noise):
-    """A noise that sums up statistics of the deviations; it says which in ``statistics``."""
+    """A noise that sums up statistics of the workers' deviations or of examples' gradients.
+
+    It says which in ``statistics`` and ``observed``.
+    """
 
     @abstractmethod
     def observe(self, bucket: Bucket, start: int, deviations_Kn: Tensor, out: Tensor,
                 context: StepContext) -> None:
-        """Add the statistics of a part of the deviations to ``out``.
+        """Add the statistics of a part of the deviations, or of gradients, to ``out``.
 
-        Every part of a bucket comes once for each worker, on one of the ranks. ``out`` is summed
-        over the ranks, so what is added must be additive in parts and workers.
+        Every part of a bucket comes once for each worker or example, on one of the ranks. ``out``
+        is summed over the ranks, so what is added must be additive in parts and rows.
 
         Args:
             start: the part is ``[start, start + n)`` of the bucket.
-            deviations_Kn: d_i of K of the workers there; not to be changed or kept.
+            deviations_Kn: d_i of K of the workers there, or the gradients of K examples; not to be
+                changed or kept.
             out: (n,), the part's own, where statistics are elementwise; else (size,), the bucket's.
         """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Callable, TypeVar
 
 from hvdnoise.noise.base import Noise
-from hvdnoise.noise.diagonal import DiagonalCovariance
+from hvdnoise.noise.diagonal import DiagonalCovariance, DiagonalExampleCovariance
 from hvdnoise.noise.full_examples import FullExampleCovariance
 from hvdnoise.noise.full_workers import FullWorkerCovariance
 from hvdnoise.noise.isotropic import IsotropicCovariance
@@ -26,6 +26,7 @@ COVARIANCES: dict[tuple[str, str], Maker] = {  # (structure, source) -> class
     ("full", "workers"): FullWorkerCovariance,
     ("full", "examples"): FullExampleCovariance,
     ("diagonal", "workers"): DiagonalCovariance,
+    ("diagonal", "examples"): DiagonalExampleCovariance,
     ("isotropic", "workers"): IsotropicCovariance,
     ("layerwise", "workers"): LayerwiseCovariance,
 }

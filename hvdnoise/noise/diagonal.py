@@ -1,7 +1,8 @@
-"""Noise on the mean gradient with the diagonal of the workers' covariance: the paper's own method.
+"""Noise on the mean gradient with the diagonal of its covariance: the paper's own method.
 
-    nu = sqrt((1/M - 1/B) v) * z,   v = running mean of b/(W-1) sum_j d_j^2, per number,
-    z ~ N(0, I) from a stream shared by all ranks
+    nu = sqrt((1/M - 1/B) v) * z,   z ~ N(0, I) from a stream shared by all ranks
+    v = running mean, per number, of    b/(W-1) sum_j d_j^2     from the W workers
+                                        (1/B) sum_n g_n^2       from the B examples, not centred
 
 The running mean is bias-corrected: v_t = (1 - c) sum_k c^(t-k) x_k / (1 - c^t) with the decay c and
 the estimates x_1 ... x_t, of every n-th step. In between nothing travels but 8 bytes. Where it
@@ -14,6 +15,8 @@ keeps a running mean is not known here.
 """
 
 from __future__ import annotations
+
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +32,7 @@ CACHED = 2 ** 17  # numbers that stay in a processor's cache
 class DiagonalCovariance(EqualTraceNoise):
     """Independent noise on every weight, of the weight's own variance (see the module).
 
-    The other arguments are those of `EqualTraceNoise`.
+    From the workers. The other arguments are those of `EqualTraceNoise`.
 
     Args:
         decay: c of the running mean of the variances, 0 <= c < 1.
@@ -58,7 +61,7 @@ class DiagonalCovariance(EqualTraceNoise):
             if bucket.index == 0:  # the first
                 self._take_in_traces(observation, context)
             mean_N = observation.statistics[bucket.index]  # ours now: it becomes the running mean
-            mean_N.mul_(self._estimate(context))
+            mean_N.mul_(self.estimate(observation, context))
             if bucket.key in state:
                 mean_N.lerp_(state[bucket.key], 1 - (1 - self.decay) / state["weight"])
             state[bucket.key] = mean_N
@@ -69,15 +72,34 @@ class DiagonalCovariance(EqualTraceNoise):
             noise_n.mul_(mean_n.mul(factor).sqrt_())
         return noise_N
 
-    def _estimate(self, context: StepContext) -> float:
-        return self.examples(context) / (context.num_workers - 1)
-
     def _take_in_traces(self, observation: Observation, context: StepContext) -> None:
         """Once a step, before the sums change: tr C^, its running mean, and the mean's weight."""
         state = context.state
-        trace = self._estimate(context) * sum(
+        trace = self.estimate(observation, context) * sum(
             float(sums.sum(dtype=torch.float64)) for sums in observation.statistics.values())
         weight = state.get("weight", 0.0) * self.decay + (1 - self.decay)  # 1 - decay^t
         new = (1 - self.decay) / weight
         state["mean trace"] = state.get("mean trace", 0.0) * (1 - new) + trace * new
         state["trace"], state["weight"] = trace, weight
+
+
+class DiagonalExampleCovariance(DiagonalCovariance):
+    """Independent noise on every weight, from the gradients of single examples (see the module).
+
+    The loop calls ``optimizer.observe_examples`` before each backward pass.
+
+    Args:
+        every: as from the workers; an observed step costs about one more forward and backward.
+        labels: "true", or "sampled" from the model's own prediction (softmax of its outputs), as
+            the Fisher matrix has them.
+    """
+
+    observed = "examples"
+    min_workers = 1
+
+    def __init__(self, emulated_batch: int, *, every: int = 10,
+                 labels: Literal["true", "sampled"] = "true", **options: Any) -> None:
+        super().__init__(emulated_batch, every=every, **options)
+        if labels not in ("true", "sampled"):
+            raise ValueError(f"labels={labels!r} must be true or sampled")
+        self.labels = labels

@@ -7,8 +7,8 @@ structure is the only difference between two runs. The trace of the noise's cova
     "own"            as the structure is defined
     a number         tr S, at every step
     "matched:full"   tr C^ = b/(W-1) sum_j |d_j|^2, that of `full` noise from the workers, of the
-                     last step whose deviations were observed; also "matched:isotropic" and
-                     "matched:layerwise", which have the same trace
+                     last step that was observed (from the examples: sum_n |g_n|^2 / B); also
+                     "matched:isotropic" and "matched:layerwise", which have the same trace
 
 Idea: Wen et al. 2020, arXiv:1902.08234 (what matters is the structure, not the variance alone).
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 
-from hvdnoise.noise.base import MeanNoise, ObservingNoise
+from hvdnoise.noise.base import MeanNoise, Observation, ObservingNoise, StepContext
 from hvdnoise.noise.emulated import EmulatedBatchNoise
 
 OF_THE_STEP = ("full", "isotropic", "layerwise")  # whose trace is tr C^
@@ -43,6 +43,15 @@ class EqualTraceNoise(EmulatedBatchNoise, MeanNoise, ObservingNoise):
         if not (trace in names or number and 0 <= trace < math.inf):  # type: ignore[operator]
             raise ValueError(f"trace={trace!r} must be a number >= 0 or one of {', '.join(names)}")
         self.trace = trace
+
+    def estimate(self, observation: Observation, context: StepContext) -> float:
+        """What sums of squares are multiplied by to be the (co)variance of one example.
+
+        b/(W-1) for the deviations of workers, 1/B for the gradients of B examples, not centred.
+        """
+        if self.sees_examples:
+            return 1 / observation.examples
+        return self.examples(context) / (context.num_workers - 1)
 
     def scaled(self, own: float, of_step: float) -> float:
         """The factor of S.

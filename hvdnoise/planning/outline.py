@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 
 from hvdnoise.buckets import Layout, default_layout
 from hvdnoise.exchange_plan import Shape
@@ -118,14 +117,9 @@ def _counted(config: PlanConfig) -> tuple[int, int]:
 
 
 def model_layout(model: str, classes: int, image_shape: tuple[int, int, int]) -> Layout:
-    """The buckets of a model's parameters; it is built without storage where it can be.
+    """The buckets of a model's parameters.
 
     Raises:
         ValueError: when there is no such model, or it cannot take such images.
     """
-    try:
-        with torch.device("meta"):
-            built = models.build(model, classes, image_shape)
-    except ValueError:  # some of torchvision's look at their numbers; or it is a real misfit
-        built = models.build(model, classes, image_shape)
-    return default_layout(list(built.named_parameters()))
+    return default_layout(list(models.outline(model, classes, image_shape).named_parameters()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,16 +156,22 @@ def _forward_and_backward(job: Job, parts: list[tuple[Tensor, Tensor]]) -> Tenso
         images = images.to(job.device, non_blocking=True)
         labels = labels.to(job.device, non_blocking=True)
         for x, y in zip(images.chunk(config.accumulate), labels.chunk(config.accumulate)):
+            job.optimizer.observe_examples(job.model, partial(_losses, config), x, y)
             with torch.autocast(job.device.type, precision, enabled=config.precision != "fp32"):
                 logits = job.model(x)
-            losses = F.cross_entropy(logits.float(), y, reduction="none",
-                                     label_smoothing=config.label_smoothing)
+            losses = _losses(config, logits, y)
             loss = job.optimizer.weigh(losses) / config.accumulate
             job.scaler.scale(loss).backward()
             sums[0] += losses.detach().double().sum()
             sums[1] += (logits.argmax(1) == y).sum()
             sums[2] += len(y)
     return sums
+
+
+def _losses(config: TrainConfig, logits: Tensor, labels: Tensor) -> Tensor:
+    """(examples,)"""
+    return F.cross_entropy(logits.float(), labels, reduction="none",
+                           label_smoothing=config.label_smoothing)
 
 
 def _count_bad(job: Job, bad: bool) -> None:

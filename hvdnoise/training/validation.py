@@ -101,6 +101,10 @@ def _check_noise(config: TrainConfig, size: int) -> None:
     require(noise.lag != 0 or config.precision != "fp16", "noise.lag", noise.lag,
             "it does not go with precision=fp16 (a step of two passes cannot be scaled); use bf16 "
             "or lag 1")
+    if noise.sees_examples:
+        from hvdnoise.per_example import check_model
+        from hvdnoise.training import models
+        check_model(models.outline(config.model, 10, config.data.record.shape(config.data)), [], {})
 
 
 def _check_names(config: TrainConfig, size: int) -> None:

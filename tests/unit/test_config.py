@@ -75,6 +75,12 @@ def test_a_bool_flag_needs_no_value() -> None:
      "the batch of all workers is 256"),
     (["--noise.kind", "gnc", "--noise.radius", "1", "--noise.lag", "0", "--precision", "fp16",
       "--virtual_workers", "2"], "noise.lag=0"),
+    (["--noise.kind", "covariance", "--noise.emulated_batch", "8", "--noise.structure", "diagonal",
+      "--noise.source", "examples", "--model", "resnet20"], "statistics over the batch"),
+    (["--noise.kind", "covariance", "--noise.emulated_batch", "8", "--noise.structure", "layerwise",
+      "--virtual_workers", "2", "--noise.trace", "matched:diagonal"], "trace='matched:diagonal'"),
+    (["--noise.kind", "covariance", "--noise.emulated_batch", "8", "--noise.trace", "own"],
+     "trace='own' does not go with structure='full'"),
 ])
 def test_a_mistake_is_one_line_with_value_and_remedy(flags: list[str], expected: str) -> None:
     if "cuda" in flags and torch.cuda.is_available():

@@ -60,6 +60,18 @@ def structure_run(dense: Dense, structure: str, *, decay: float = 0.0, every: in
             sizes=dense.sizes))
 
 
+def example_diagonal_run(dense: Dense, decay: float, every: int) -> None:
+    seen: list[Array] = []
+    for step in range(STEPS):
+        if step % every == 0:
+            seen.append((dense.example_gradients(step) ** 2).mean(axis=0))
+        weights = [decay ** age for age in range(len(seen))][::-1]
+        variance_P = sum(w * v for w, v in zip(weights, seen)) / sum(weights)
+        normals_P = dense.normals("diagonal", step, seed=3)
+        dense.update(dense.worker_gradients(step).mean(axis=0)
+                     + np.sqrt((1 / M - 1 / (W * B)) * variance_P) * normals_P)
+
+
 def one_worker_run(dense: Dense) -> None:
     for step in range(STEPS):
         chosen = int(streams.normal(W, 3, "one-worker", step).argmax())
@@ -109,6 +121,9 @@ EXPECTED: dict[str, tuple[dict[str, Any], Callable[[Dense], None]]] = {
     "diagonal-matched": (covariance("diagonal", decay=0.8, every=3, trace="matched:layerwise"),
                          lambda dense: structure_run(dense, "diagonal", decay=0.8, every=3,
                                                      matched=True)),
+    "diagonal-examples": (
+        covariance("diagonal", source="examples", decay=0.6, every=2),
+        lambda dense: example_diagonal_run(dense, 0.6, 2)),
     "diagonal-trace": (covariance("diagonal", trace=0.7), lambda dense: structure_run(
         dense, "diagonal", decay=0.95, every=2, trace=0.7)),
     "diagonal-example": ({"emulated_batch": M, "decay": 0.7}, diagonal_run),
@@ -181,6 +196,7 @@ def test_a_dropped_step_and_a_resumed_run_change_nothing(kind: str) -> None:
         train(model, optimizer, 2, b=B)
         for worker in optimizer.workers:  # a step that nobody takes
             x, y = batch(9, worker, B)
+            optimizer.observe_examples(model, losses, x, y)
             optimizer.weigh(losses(model(x), y)).backward()
         optimizer.zero_grad()
         weights, state = model.state_dict(), optimizer.state_dict()
