@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdnoise import (
+    GNC,
     PNM,
     SAM,
     AnticorrelatedNoise,
@@ -19,8 +20,10 @@ from hvdnoise import (
     StaleSAM,
     make_noise,
 )
+from hvdnoise.buckets import build_layout
 from hvdnoise.noise import base
 from hvdnoise.noise.base import MeanObservingNoise, WeightNoise
+from hvdnoise.planning import outline
 from hvdnoise.training.config import TrainConfig
 from hvdnoise.training.options import parse as parse_settings
 from tests.fake_world import Meeting, ThreadWorld, run_threads
@@ -365,14 +368,30 @@ def test_only_sam_in_its_first_pass_stays() -> None:
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("kind, rows", [
-    ("sam", 2 + 1), ("stale-sam", 2 + 2 + 1), ("extrapolation", 2 + 2 + 1),
-    ("momentum-sam", 2), ("anticorrelated", 2), ("pnm", 3)])
-def test_memory_counts_what_is_kept(kind: str, rows: int) -> None:
-    """In units of P, at two virtual workers: worker 1's forward has worker 0's row beside it."""
-    model, optimizer = build(alone(), NOISES[kind](), 2)
+ROWS = {  # in units of P, at one and at two virtual workers
+    "sam": (2, 3), "stale-sam": (2, 5), "extrapolation": (2, 5), "momentum-sam": (2, 2),
+    "anticorrelated": (2, 2), "pnm": (3, 3)}
+
+
+@pytest.mark.parametrize("V", [1, 2])
+@pytest.mark.parametrize("kind", NOISES)
+def test_memory_counts_what_is_kept(kind: str, V: int) -> None:
+    model, optimizer = build(alone(), NOISES[kind](), V)
     train(model, optimizer, 4)
-    assert optimizer.noise_memory == rows * sum(p.nbytes for p in model.parameters())
+    P = sum(p.nbytes for p in model.parameters())
+    layout = build_layout(list(model.named_parameters()), bucket_bytes=SMALL_BUCKETS)
+    assert optimizer.noise_memory == ROWS[kind][V - 1] * P
+    assert outline.noise_memory(optimizer.noise, layout, V) == optimizer.noise_memory
+
+
+@pytest.mark.parametrize("source, lag", [("own", 1), ("own", 0), ("own", 2), ("isotropic", 1)])
+@pytest.mark.parametrize("V", [2, 3])
+def test_the_plan_knows_the_memory_of_gnc(source: str, lag: int, V: int) -> None:
+    model, optimizer = build(alone(), GNC(0.1, source=source, lag=lag), V)
+    train(model, optimizer, 4)
+    layout = build_layout(list(model.named_parameters()), bucket_bytes=SMALL_BUCKETS)
+    predicted = outline.noise_memory(optimizer.noise, layout, V)
+    assert optimizer.noise_memory == pytest.approx(predicted, abs=3 * 8 * 3)  # of statistics
 
 
 def test_a_noise_that_needs_no_rows_takes_none() -> None:
