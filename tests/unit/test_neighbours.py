@@ -179,6 +179,24 @@ def test_it_is_the_plain_loop(kind: str, ranks: int, V: int) -> None:
     assert (weights[0] - loop.theta_P).abs().max() < 1e-11 * moved_P.abs().max()
 
 
+def test_pnm_is_pytorch_optimizers() -> None:
+    from pytorch_optimizer import PNM as Theirs
+    loop = Loop(2, 0.0)
+    theirs = Theirs(groups_of(loop.model, RATES), betas=(0.8, 0.7))
+    for step in range(STEPS):
+        x, y = torch.stack([torch.cat(batch(step, worker), dim=1) for worker in (0, 1)]).flatten(
+            0, 1).split((3, 2), dim=1)
+        theirs.zero_grad()
+        losses(loop.model(x), y).mean().backward()
+        theirs.step()
+    model = Net()
+    optimizer = DistributedOptimizer(torch.optim.SGD(groups_of(model, RATES), lr=1.0),
+                                     model.named_parameters(), noise=NOISES["pnm"](),
+                                     virtual_workers=2, world=alone())
+    train(model, optimizer, STEPS)
+    assert torch.allclose(vector(model.parameters()), loop.theta_P, rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize("kind", NOISES)
 def test_it_is_not_plain_sgd(kind: str) -> None:
     model, optimizer = build(alone(), NOISES[kind](), 2)
@@ -436,6 +454,22 @@ def test_parameters_may_be_frozen_on_the_way(kind: str) -> None:
         passes(*each, 4)
         each[1].step()
     assert torch.equal(vector(other.parameters()), vector(model.parameters()))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NOISES if kind != "sam"])
+def test_a_dropped_step_of_other_parameters_changes_no_bit(kind: str) -> None:
+    ends, states = [], []
+    for freezes in (False, True):
+        model, optimizer = build(alone(), NOISES[kind](), 2)
+        train(model, optimizer, 2)
+        model.first.weight.requires_grad_(not freezes)
+        drop_a_step(model, optimizer)
+        model.first.weight.requires_grad_(True)
+        kept = optimizer.state_dict()["hvdnoise"].get("kept", {"values": {}})
+        states.append(list(kept["values"]))
+        train(model, optimizer, 2, first=2)
+        ends.append(vector(model.parameters()))
+    assert torch.equal(*ends) and states[0] == states[1]
 
 
 @pytest.mark.parametrize("kind", ["stale-sam", "momentum-sam", "anticorrelated", "pnm"])
