@@ -193,7 +193,13 @@ class ObservingNoise(Noise):
 
 
 class MeanObservingNoise(Noise):
-    """A noise that keeps something of the mean gradient, such as its running mean."""
+    """A noise that keeps something of the mean gradient, such as its running mean.
+
+    Attributes:
+        kept: how many tensors of the gradient's size it keeps from step to step.
+    """
+
+    kept = 1
 
     @abstractmethod
     def observe_mean(self, bucket: Bucket, mean_N: Tensor, context: StepContext) -> Tensor | None:

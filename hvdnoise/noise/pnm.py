@@ -38,6 +38,8 @@ class PNM(MeanObservingNoise):
         ValueError: for a value outside these.
     """
 
+    kept = 2
+
     def __init__(self, beta: float = 0.9, beta0: float = 1.0, *, seed: int = 0) -> None:
         super().__init__(seed=seed)
         self.beta = check_share("beta", beta)

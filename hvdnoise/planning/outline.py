@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hvdnoise.buckets import Layout, default_layout
 from hvdnoise.exchange_plan import Shape
+from hvdnoise.noise.base import MeanObservingNoise, Noise, WeightNoise
 from hvdnoise.planning.config import PlanConfig
 from hvdnoise.plans import Choice, choose
 from hvdnoise.training import models
@@ -30,6 +31,7 @@ class Outline:
         total_steps: of the whole run.
         parameters: P, trainable numbers of 4 bytes.
         statistics_bytes: of the noise's statistics, which are summed over the ranks in a step.
+        noise_memory: bytes of a rank for the noise, without what mixtures take in flight.
         mixes: whether the noise mixes the deviations of all workers.
         plan: of the exchange, as DistributedOptimizer will take it.
     """
@@ -44,6 +46,7 @@ class Outline:
     total_steps: int
     parameters: int
     statistics_bytes: int
+    noise_memory: int
     mixes: bool
     plan: Choice
 
@@ -82,7 +85,28 @@ def _outline(config: PlanConfig) -> Outline:
     return Outline(ranks, workers, batch, examples,
                    rate(0, peak, config.lr, steps_per_epoch=per_epoch, epochs=config.epochs),
                    peak, per_epoch, total, layout.numbers,
-                   noise.statistics_bytes(layout) if noise is not None else 0, mixes, plan)
+                   noise.statistics_bytes(layout) if noise is not None else 0,
+                   noise_memory(noise, layout, config.virtual_workers), mixes, plan)
+
+
+def noise_memory(noise: Noise | None, layout: Layout, V: int) -> int:
+    """Bytes of a rank for rows, statistics, what is kept and displaced weights, at their peak.
+
+    That is in the forward of the last of the rank's V workers, when the rows of the step are there
+    if V > 1, or at the step's end, when the noise has made anew what it keeps.
+    """
+    if noise is None:
+        return 0
+    kept = noise.kept if isinstance(noise, MeanObservingNoise) else 0
+    rows = V if noise.needs_deviations else 0
+    past = max(1, noise.lag) * V if noise.rows is not None else 0
+    displaced = 0
+    if isinstance(noise, WeightNoise):
+        displaced = 1 if noise.rows is not None or kept else 2  # with the numbers themselves
+    forward = kept + past + displaced + (rows if V > 1 and noise.lag > 0 else 0)
+    end = kept + bool(kept) + rows + (past if noise.lag > 0 else 0)
+    nbytes = sum(bucket.size * bucket.dtype.itemsize for bucket in layout.buckets)
+    return max(forward, end) * nbytes + (noise.lag + 1) * noise.statistics_bytes(layout)
 
 
 def shape(config: PlanConfig, parameters: int, statistics_bytes: int = 0) -> Shape:

@@ -130,9 +130,11 @@ def _noise(config: PlanConfig, run: Outline) -> str:
     name = " ".join([noise.kind, *details])
     if run.mixes:
         return f"{name}, lag {_lag(config)}"
+    memory = f"; {run.noise_memory / _MB:.4g} MB of a rank" if run.noise_memory else ""
     if not run.statistics_bytes:
-        return f"{name}: it needs no exchange, the allreduce of the gradients is all that travels"
-    return f"{name}: it needs no exchange but {run.statistics_bytes:,} bytes of statistics"
+        return f"{name}: it needs no exchange, the allreduce of the gradients is all that " \
+               f"travels{memory}"
+    return f"{name}: it needs no exchange but {run.statistics_bytes:,} bytes of statistics{memory}"
 
 
 def _lag(config: PlanConfig) -> int:

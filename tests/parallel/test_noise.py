@@ -13,16 +13,7 @@ from typing import Any, Callable
 import numpy as np
 import torch
 
-from hvdnoise import (
-    GNC,
-    PNM,
-    SAM,
-    AnticorrelatedNoise,
-    CovarianceNoise,
-    Extrapolation,
-    MomentumSAM,
-    StaleSAM,
-)
+from hvdnoise import GNC, PNM, SAM, CovarianceNoise, MomentumSAM
 from hvdnoise.comm import World
 from hvdnoise.training.config import TrainConfig
 from hvdnoise.training.options import parse
@@ -73,10 +64,8 @@ def check_virtual_workers_are_workers(world: World) -> None:
 
 
 BASELINES: dict[str, tuple[str, Any]] = {
-    "sam": ("radius: 0.3", lambda: SAM(0.3)), "stale-sam": ("radius: 0.3", lambda: StaleSAM(0.3)),
+    "sam": ("radius: 0.3", lambda: SAM(0.3)),
     "momentum-sam": ("radius: 0.3, momentum: 0.5", lambda: MomentumSAM(0.3, momentum=0.5)),
-    "extrapolation": ("lr: 2", lambda: Extrapolation(2.0)),
-    "anticorrelated": ("radius: 0.3", lambda: AnticorrelatedNoise(0.3)),
     "pnm": ("beta: 0.5, beta0: 2", lambda: PNM(0.5, 2.0))}
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdnoise import (
+    GNC,
     PNM,
     SAM,
     AnticorrelatedNoise,
@@ -19,8 +20,10 @@ from hvdnoise import (
     StaleSAM,
     make_noise,
 )
+from hvdnoise.buckets import build_layout
 from hvdnoise.noise import base
 from hvdnoise.noise.base import MeanObservingNoise, WeightNoise
+from hvdnoise.planning import outline
 from hvdnoise.training.config import TrainConfig
 from hvdnoise.training.options import parse as parse_settings
 from tests.fake_world import Meeting, ThreadWorld, run_threads
@@ -174,6 +177,24 @@ def test_it_is_the_plain_loop(kind: str, ranks: int, V: int) -> None:
     assert all(torch.equal(each, weights[0]) for each in weights)
     moved_P = loop.theta_P - start_P
     assert (weights[0] - loop.theta_P).abs().max() < 1e-11 * moved_P.abs().max()
+
+
+def test_pnm_is_pytorch_optimizers() -> None:
+    from pytorch_optimizer import PNM as Theirs
+    loop = Loop(2, 0.0)
+    theirs = Theirs(groups_of(loop.model, RATES), betas=(0.8, 0.7))
+    for step in range(STEPS):
+        x, y = torch.stack([torch.cat(batch(step, worker), dim=1) for worker in (0, 1)]).flatten(
+            0, 1).split((3, 2), dim=1)
+        theirs.zero_grad()
+        losses(loop.model(x), y).mean().backward()
+        theirs.step()
+    model = Net()
+    optimizer = DistributedOptimizer(torch.optim.SGD(groups_of(model, RATES), lr=1.0),
+                                     model.named_parameters(), noise=NOISES["pnm"](),
+                                     virtual_workers=2, world=alone())
+    train(model, optimizer, STEPS)
+    assert torch.allclose(vector(model.parameters()), loop.theta_P, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", NOISES)
@@ -365,14 +386,30 @@ def test_only_sam_in_its_first_pass_stays() -> None:
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("kind, rows", [
-    ("sam", 2 + 1), ("stale-sam", 2 + 2 + 1), ("extrapolation", 2 + 2 + 1),
-    ("momentum-sam", 2), ("anticorrelated", 2), ("pnm", 3)])
-def test_memory_counts_what_is_kept(kind: str, rows: int) -> None:
-    """In units of P, at two virtual workers: worker 1's forward has worker 0's row beside it."""
-    model, optimizer = build(alone(), NOISES[kind](), 2)
+ROWS = {  # in units of P, at one and at two virtual workers
+    "sam": (2, 3), "stale-sam": (2, 5), "extrapolation": (2, 5), "momentum-sam": (2, 2),
+    "anticorrelated": (2, 2), "pnm": (3, 3)}
+
+
+@pytest.mark.parametrize("V", [1, 2])
+@pytest.mark.parametrize("kind", NOISES)
+def test_memory_counts_what_is_kept(kind: str, V: int) -> None:
+    model, optimizer = build(alone(), NOISES[kind](), V)
     train(model, optimizer, 4)
-    assert optimizer.noise_memory == rows * sum(p.nbytes for p in model.parameters())
+    P = sum(p.nbytes for p in model.parameters())
+    layout = build_layout(list(model.named_parameters()), bucket_bytes=SMALL_BUCKETS)
+    assert optimizer.noise_memory == ROWS[kind][V - 1] * P
+    assert outline.noise_memory(optimizer.noise, layout, V) == optimizer.noise_memory
+
+
+@pytest.mark.parametrize("source, lag", [("own", 1), ("own", 0), ("own", 2), ("isotropic", 1)])
+@pytest.mark.parametrize("V", [2, 3])
+def test_the_plan_knows_the_memory_of_gnc(source: str, lag: int, V: int) -> None:
+    model, optimizer = build(alone(), GNC(0.1, source=source, lag=lag), V)
+    train(model, optimizer, 4)
+    layout = build_layout(list(model.named_parameters()), bucket_bytes=SMALL_BUCKETS)
+    predicted = outline.noise_memory(optimizer.noise, layout, V)
+    assert optimizer.noise_memory == pytest.approx(predicted, abs=3 * 8 * 3)  # of statistics
 
 
 def test_a_noise_that_needs_no_rows_takes_none() -> None:
@@ -417,6 +454,22 @@ def test_parameters_may_be_frozen_on_the_way(kind: str) -> None:
         passes(*each, 4)
         each[1].step()
     assert torch.equal(vector(other.parameters()), vector(model.parameters()))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NOISES if kind != "sam"])
+def test_a_dropped_step_of_other_parameters_changes_no_bit(kind: str) -> None:
+    ends, states = [], []
+    for freezes in (False, True):
+        model, optimizer = build(alone(), NOISES[kind](), 2)
+        train(model, optimizer, 2)
+        model.first.weight.requires_grad_(not freezes)
+        drop_a_step(model, optimizer)
+        model.first.weight.requires_grad_(True)
+        kept = optimizer.state_dict()["hvdnoise"].get("kept", {"values": {}})
+        states.append(list(kept["values"]))
+        train(model, optimizer, 2, first=2)
+        ends.append(vector(model.parameters()))
+    assert torch.equal(*ends) and states[0] == states[1]
 
 
 @pytest.mark.parametrize("kind", ["stale-sam", "momentum-sam", "anticorrelated", "pnm"])
