@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from curvlinops import HessianLinearOperator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -102,6 +103,16 @@ def test_products_and_gradients_are_the_dense_ones(name: str, size: int) -> None
         assert other == pytest.approx(dense_loss(model, start_P + 0.1).item(), rel=1e-12)
         assert accuracy * COUNT == pytest.approx(round(accuracy * COUNT), abs=1e-9)
     run_threads(size, work)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_products_are_those_of_curvlinops(name: str) -> None:
+    model = MODELS[name]().eval()
+    found = alone(model)
+    operator = HessianLinearOperator(model, nn.CrossEntropyLoss(), list(model.parameters()),
+                                     [images()])
+    vectors_KP = torch.randn(2, found.size, dtype=torch.float64)
+    assert torch.allclose(found.products(vectors_KP), (operator @ vectors_KP.T).T, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", MODELS)
