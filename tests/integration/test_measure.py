@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.integration.running import TINY, error_lines, finished, hvdnoise
+from hvdnoise import cli
+from tests.integration.running import TINY, finished, hvdnoise
 from tests.launcher import Ended
 
 FILES = ["line.png", "measure.json", "noise.png", "plane.png"]
@@ -43,67 +43,44 @@ def numbers(value: Any) -> list[float]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {str(path): path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and path.parent.name != "measure"}
 
 
 def test_any_number_of_ranks_finds_the_same(run: Path, tmp_path: Path) -> None:
     before = contents(run)
-    found = []
-    for ranks, launcher in ((1, "none"), (2, "gloo")):
-        out = tmp_path / f"{ranks}"
-        ended = hvdnoise(ranks, "measure", str(run), *QUICK, "--out", str(out), launcher=launcher)
-        record = measured(ended, out)
-        assert record["ranks"] == ranks and record["examples"] == 64
-        assert record["test_examples"] == 48 and "largest eigenvalues" in ended.output
-        found.append(record)
+    one, two = (measured(hvdnoise(ranks, "measure", str(run), *QUICK, *more), out)
+                for ranks, more, out in ((1, [], run / "measure"),
+                                         (2, ["--out", str(tmp_path / "two")], tmp_path / "two")))
     assert contents(run) == before
     summary = json.loads((run / "summary.json").read_text())
-    assert found[0]["weights_sha256"] == found[1]["weights_sha256"] == summary["weights_sha256"]
+    assert (one["ranks"], two["ranks"]) == (1, 2)
+    for record in (one, two):
+        assert record["weights_sha256"] == summary["weights_sha256"]
+        assert (record["examples"], record["test_examples"]) == (64, 48)
     for key in ("loss", "accuracy", "test_accuracy", "alignment", "line", "plane", "noise"):
-        one, two = (numbers([record[key]]) for record in found)
-        assert one == pytest.approx(two, rel=1e-3, abs=1e-5), key
-    one, two = (record["hessian"] for record in found)
-    assert one["eigenvalues"] == pytest.approx(two["eigenvalues"], rel=2e-3)
-    assert one["trace"] == pytest.approx(two["trace"], rel=2e-3)
-    assert found[0]["test_accuracy"] == pytest.approx(summary["test_accuracy"], abs=1e-6)
-    middle = found[0]["line"]["loss"][2]
-    assert middle == found[0]["plane"]["loss"][1][1] == pytest.approx(found[0]["loss"], rel=1e-6)
+        assert numbers([one[key]]) == pytest.approx(numbers([two[key]]), rel=1e-3, abs=1e-5), key
+    for key in ("eigenvalues", "trace"):
+        assert one["hessian"][key] == pytest.approx(two["hessian"][key], rel=2e-3), key
+    assert one["test_accuracy"] == pytest.approx(summary["test_accuracy"], abs=1e-6)
+    middle = one["line"]["loss"][2]
+    assert middle == one["plane"]["loss"][1][1] == pytest.approx(one["loss"], rel=1e-6)
 
 
-def test_in_the_run_folder_and_what_is_refused(run: Path) -> None:
-    """Nulls where nothing was asked for; an earlier measurement is safe; a mistake makes nothing."""
-    least = ["--examples", "32", "--eigenvalues", "0", "--probes", "0", "--points", "3", "--plane",
-             "3", "--levels", "[0.1]", "--draws", "1"]
-    wrong = [(["--workers", "33", *least], "workers=33 is wrong"),
-             (["--eigenvalues", "2.5"], "eigenvalues=2.5 is wrong: give a whole number"),
-             (["--eigenvalues", "1000000"], "the model has"),
-             (["--checkpoint", "ema"], "checkpoint=ema"),
-             (["--out", str(run / "config.yaml")], "is not a folder"),
-             (["--out", str(run / "config.yaml" / "x")], "cannot be made")]
-    before = contents(run)
-    for flags, says in wrong:
-        ended = hvdnoise(1, "measure", str(run), *flags)
-        assert ended.exit_code == 2 and not ended.leftovers, ended.report()
-        (line,) = error_lines(ended.output)
-        assert says in line and contents(run) == before and not (run / "measure").exists(), line
-    flags = ["--workers", "1", *least]
-    newest = sorted((run / "checkpoints").iterdir())[-1]
-    record = measured(hvdnoise(1, "measure", str(run), *flags, "--checkpoint", str(newest)),
-                      run / "measure")
-    assert record["hessian"]["eigenvalues"] == [] and record["hessian"]["trace"] is None
-    assert record["alignment"]["trace_hc"] is record["alignment"]["noise_curvature"] is None
-    assert record["noise"][0]["accuracy_error"] is None
-    ended = hvdnoise(1, "measure", str(run), *flags)
-    assert ended.exit_code == 2 and "holds a measurement" in error_lines(ended.output)[0]
-    measured(hvdnoise(1, "measure", str(run), *flags, "--overwrite"), run / "measure")
-
-
-def test_weights_that_are_not_finite_are_refused(run: Path, tmp_path: Path) -> None:
-    state = torch.load(run / "weights.pt", weights_only=True)
-    next(iter(state.values())).fill_(float("nan"))
-    torch.save(state, tmp_path / "nan.pt")
-    ended = hvdnoise(2, "measure", str(run), *QUICK, "--checkpoint", str(tmp_path / "nan.pt"),
-                     "--out", str(tmp_path / "out"))
-    assert ended.exit_code == 1 and not ended.leftovers, ended.report()  # horovodrun's code
-    (line,) = error_lines(ended.output)
-    assert "the loss of these weights is nan" in line and not (tmp_path / "out").exists()
+@pytest.mark.parametrize("flags, says", [
+    ([], "holds a measurement already"), (["--out", "{run}/config.yaml"], "is not a folder"),
+    (["--out", "x", "--workers", "33", "--examples", "32"], "workers=33 is wrong"),
+    (["--out", "x", "--eigenvalues", "2.5"], "eigenvalues=2.5 is wrong: give a whole number"),
+    (["--out", "x", "--checkpoint", "ema"], "checkpoint=ema: there is no"),
+])
+def test_a_mistake_is_one_line_and_makes_nothing(
+        run: Path, tmp_path: Path, flags: list[str], says: str, capfd: Any,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    (run / "measure").mkdir(exist_ok=True)
+    (run / "measure" / "measure.json").touch()
+    monkeypatch.chdir(tmp_path)
+    before = sorted(run.rglob("*"))
+    code = cli.main(["measure", str(run), *(flag.replace("{run}", str(run)) for flag in flags)])
+    said = capfd.readouterr()
+    assert code == 2 and said.out == "" and sorted(run.rglob("*")) == before
+    assert says in said.err and len(said.err.splitlines()) == 1 and not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -18,10 +19,13 @@ from torch.nn import functional as F
 from hvdnoise.measure import alignment, report, spectrum, surface
 from hvdnoise.measure.config import MeasureConfig, validate
 from hvdnoise.measure.problem import Problem, Share, draw
-from hvdnoise.measure.run import measure
-from hvdnoise.training.config import ConfigError
+from hvdnoise.measure.run import measure, run
+from hvdnoise.training import models
+from hvdnoise.training.config import ConfigError, TrainConfig
+from hvdnoise.training.dataspec import DataConfig
 from hvdnoise.training.images import ArrayImages
 from hvdnoise.training.options import parse
+from hvdnoise.training.records import weights_digest
 from tests import reference
 from tests.fake_world import ThreadWorld, run_threads
 
@@ -355,6 +359,46 @@ def test_the_files(tmp_path: Path) -> None:
     record["plane"] = None
     report.write(record, tmp_path)
     assert not (tmp_path / "plane.png").exists()
+
+
+def trained(folder: Path, weight: float | None = None) -> tuple[TrainConfig, Path]:
+    """A network with BatchNorm on made-up images, and the file of its weights."""
+    data = DataConfig(dataset="synthetic", num_examples=40, num_classes=3, image_size=8)
+    torch.manual_seed(3)
+    model = models.build("resnet20", 3, (3, 8, 8))
+    if weight is not None:
+        next(model.parameters()).data.fill_(weight)
+    torch.save(model.state_dict(), folder / "weights.pt")
+    return TrainConfig(data=data, model="resnet20"), folder / "weights.pt"
+
+
+def test_a_run_on_two_ranks(tmp_path: Path) -> None:
+    found, weights = trained(tmp_path)
+    config = dataclasses.replace(QUICK, run=str(tmp_path), eigenvalues=1, examples=13)
+    before = weights.read_bytes()
+    run_threads(2, lambda world: run(config, found, weights, world, torch.device("cpu")))
+    record = json.loads((tmp_path / "measure" / "measure.json").read_text())
+    assert (record["examples"], record["test_examples"], record["ranks"]) == (13, 10, 2)
+    assert record["hessian"]["eigenvalues"][0] > 0 and record["alignment"]["trace_hc"] is not None
+    assert record["weights_sha256"] == weights_digest(torch.load(weights, weights_only=True))
+    assert weights.read_bytes() == before
+
+
+@pytest.mark.parametrize("options, weight, says", [
+    ({}, math.nan, "the loss of these weights is nan"),
+    ({"eigenvalues": 10 ** 9}, None, "eigenvalues=1000000000 is wrong: the model has"),
+    ({"out": "{folder}/weights.pt/x"}, None, "weights.pt/x cannot be made"),
+])
+def test_what_is_found_late_makes_nothing_either(tmp_path: Path, options: dict[str, Any],
+                                                 weight: float | None, says: str) -> None:
+    found, weights = trained(tmp_path, weight)
+    options = {key: value.replace("{folder}", str(tmp_path)) if isinstance(value, str) else value
+               for key, value in options.items()}
+    config = dataclasses.replace(QUICK, run=str(tmp_path), examples=4, **options)
+    with pytest.raises(ConfigError) as caught:
+        run_threads(2, lambda world: run(config, found, weights, world, torch.device("cpu")))
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.pt"]
 
 
 @pytest.mark.parametrize("flags, says", [
