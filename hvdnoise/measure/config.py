@@ -40,7 +40,7 @@ class MeasureConfig:
     data_root: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
-    examples: int = 1024
+    examples: int = 512
     batch_size: int = 128
     eigenvalues: int = 3
     probes: int = 16

@@ -28,7 +28,8 @@ from hvdnoise import streams
 from hvdnoise.measure.problem import Problem
 
 TOLERANCE = 1e-3  # of an eigenvalue, where Lanczos stops
-RESTARTS = 15
+RESTARTS = 30
+BASIS = 12  # vectors between restarts, or a few more than twice the eigenvalues
 GROUP = 8  # vectors multiplied at a time
 Product = Callable[[Any], Any]
 
@@ -126,7 +127,7 @@ def _eigenvectors(multiply: Product, size: int, count: int, start: Any) -> Any:
     operator = LinearOperator((size, size), matvec=multiply, dtype=np.float64)
     try:
         _, columns = eigsh(operator, k=count, which="LA", v0=start, tol=TOLERANCE,
-                           maxiter=RESTARTS)
+                           ncv=min(size, max(2 * count + 4, BASIS)), maxiter=RESTARTS)
     except ArpackNoConvergence as error:
         columns = error.eigenvectors
     except (ArpackError, _NotFinite):
