@@ -1,4 +1,4 @@
-"""hvdnoise train | eval | plan | bench | doctor: parse, build, run, close.
+"""hvdnoise train | eval | measure | plan | bench | doctor: parse, build, run, close.
 
 Settings are parsed and checked before Horovod starts, so that a mistake costs nothing and leaves
 nothing behind. Exit codes: 0 done; 2 bad input, one line on stderr; 75 preempted by SIGTERM and
@@ -21,6 +21,7 @@ from hvdnoise.training.options import parse
 T = TypeVar("T")
 _USAGE = """usage: hvdnoise train [--config YAML] [--FLAG VALUE ...]   train a network
        hvdnoise eval RUN [--FLAG VALUE ...]                score the weights of a run
+       hvdnoise measure RUN [--FLAG VALUE ...]             sharpness of a run's weights
        hvdnoise plan [--config YAML] [--FLAG VALUE ...]    say what a run costs; launch lines
        hvdnoise bench [--FLAG VALUE ...]                   time ways to average gradients
        hvdnoise doctor [--FLAG VALUE ...]                  say what works on this machine
@@ -71,14 +72,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     launched = comm.environment()
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     commands: dict[str, Callable[[Sequence[str], dict[str, int]], int]] = {
-        "train": _train, "eval": _eval, "plan": _plan, "bench": _bench, "doctor": _doctor}
+        "train": _train, "eval": _eval, "measure": _measure, "plan": _plan, "bench": _bench,
+        "doctor": _doctor}
     if command in ("--help", "-h", "help"):
         print(_USAGE)
         return 0
     try:
         if command not in commands:
-            raise ConfigError(f"unknown command {command!r}: give train, eval, plan, bench or "
-                              "doctor; see hvdnoise --help")
+            raise ConfigError(f"unknown command {command!r}: give train, eval, measure, plan, "
+                              "bench or doctor; see hvdnoise --help")
         return commands[command](rest, launched)
     except ConfigError as error:
         return process.refuse(str(error), launched)
@@ -118,6 +120,22 @@ def _eval(arguments: Sequence[str], launched: dict[str, int]) -> int:
                      lambda world: rerun.score(
                          trained, weights, world, process.pick_device(config.device, world),
                          batch_size=config.batch_size))
+
+
+def _measure(arguments: Sequence[str], launched: dict[str, int]) -> int:
+    from hvdnoise.measure.config import FREE, MeasureConfig, validate
+    config = _parse(MeasureConfig, arguments, launched, program="hvdnoise measure",
+                    positional="run")
+    from hvdnoise.training import rerun
+    trained, weights = rerun.find(config.run, config.checkpoint, config.data_root)
+    validate(config)
+    from hvdnoise.measure.run import run
+    from hvdnoise.training.config import flatten
+    process.set_threads(config.threads, launched["local_size"])
+    process.be_deterministic()
+    facts = {key: value for key, value in flatten(config).items() if key not in FREE}
+    return _in_world(launched, {**facts, "weights": str(weights)}, lambda world: run(
+        config, trained, weights, world, process.pick_device(config.device, world)))
 
 
 def _plan(arguments: Sequence[str], launched: dict[str, int]) -> int:

@@ -8,6 +8,7 @@
     RUN/weights*.pt          state dicts: final, best test accuracy, moving average
     RUN/checkpoints/         see `hvdnoise.training.checkpoint`
     RUN/logs/rank-N.log      every rank's own
+    RUN/measure/             what `hvdnoise measure` found of the weights; see docs/measure.md
 
 Rank 0 writes all but the logs. A record that cannot be written (a full disk) is warned of once,
 and training goes on: it is the checkpoints that must not fail silently.
@@ -37,7 +38,7 @@ from hvdnoise.training import plugins
 from hvdnoise.training.progress import log
 
 _OF_A_RUN = ("config.yaml", "environment.json", "metrics.jsonl", "preempted.json", "summary.json",
-             "weights.pt", "weights-best.pt", "weights-ema.pt", "checkpoints", "logs",
+             "weights.pt", "weights-best.pt", "weights-ema.pt", "checkpoints", "logs", "measure",
              "tensorboard")
 
 

@@ -1,4 +1,4 @@
-"""Scoring the weights of an earlier run: `hvdnoise eval`."""
+"""The weights of an earlier run, and scoring them: `hvdnoise eval`."""
 
 from __future__ import annotations
 
@@ -44,25 +44,30 @@ def find(run: str, which: str, data_root: str | None) -> tuple[TrainConfig, Path
     return config, weights
 
 
+def restore(config: TrainConfig, weights: Path, device: torch.device
+            ) -> tuple[data.Datasets, torch.nn.Module]:
+    """The data sets of a run, which `data.prepare` has made ready, and its model with ``weights``.
+
+    Raises:
+        ValueError: when there are no such weights or data; ConfigError when they do not fit.
+    """
+    datasets = data.build(config.data, seed=config.seed)
+    model = models.build(config.model, datasets.spec.num_classes, datasets.spec.image_shape)
+    if weights.name == "shared.pt":
+        checkpoint.check(weights.parent, {"shared.pt"})
+    state = checkpoint.read(weights)
+    try:
+        model.load_state_dict(state["model"] if weights.name == "shared.pt" else state)
+    except (RuntimeError, KeyError) as error:
+        raise ConfigError(f"{weights} does not fit the model {config.model}: {error}") from error
+    return datasets, model.to(device)
+
+
 def score(config: TrainConfig, weights: Path, world: World, device: torch.device, *,
           batch_size: int) -> int:
     """Score, and say the result on one line. Collective."""
     data.prepare(config.data, world)
-
-    def load() -> tuple[data.Datasets, torch.nn.Module]:
-        datasets = data.build(config.data, seed=config.seed)
-        model = models.build(config.model, datasets.spec.num_classes, datasets.spec.image_shape)
-        if weights.name == "shared.pt":
-            checkpoint.check(weights.parent, {"shared.pt"})
-        state = checkpoint.read(weights)
-        try:
-            model.load_state_dict(state["model"] if weights.name == "shared.pt" else state)
-        except (RuntimeError, KeyError) as error:
-            raise ConfigError(f"{weights} does not fit the model {config.model}: {error}"
-                              ) from error
-        return datasets, model.to(device)
-
-    datasets, model = call_or_raise(world, load)
+    datasets, model = call_or_raise(world, lambda: restore(config, weights, device))
     batches = data.test_loader(datasets, size=world.size, rank=world.rank, batch_size=batch_size)
     found = evaluate(model, batches, world, device)
     log.info("test accuracy %.4f  test loss %.4f  on %d examples of %s, weights %s",

@@ -99,7 +99,10 @@ def test_ranks_with_other_settings_are_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments, expected", [
-    (["trian"], "unknown command 'trian'"), ([], "give train, eval, plan, bench or doctor"),
+    (["trian"], "unknown command 'trian'"),
+    ([], "give train, eval, measure, plan, bench or doctor"),
+    (["measure"], "run"), (["measure", "nowhere"], "run=nowhere holds no config.yaml"),
+    (["measure", "{folder}/used"], "there is no"),
     (["eval", "nowhere"], "run=nowhere holds no config.yaml"),
     (["eval"], "run"), (["doctor", "--nonsense"], "unknown --nonsense"),
     (["eval", "{folder}/used"], "there is no"),
