@@ -42,7 +42,7 @@ if [[ $quick ]]; then # -o testpaths: paths among the further options take its p
         -m 'not (parallel or slow or gpu or namespaces or containers or slurm)' "$@"
 else
     check docs 600 .venv/bin/python -m tests.api_docs
-    check pytest 4500 .venv/bin/python -m pytest "$@"
+    check pytest 4800 .venv/bin/python -m pytest --durations=40 "$@"
 fi
 
 printf '\n'

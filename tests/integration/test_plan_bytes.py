@@ -147,7 +147,7 @@ def predictions(names: list[str], shape: Shape, hosts: int, per_host: int) -> di
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks, virtual_workers", [(2, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize("ranks, virtual_workers", [(4, 1), (2, 2)])
 def test_bytes_that_a_rank_receives(ranks: int, virtual_workers: int, launcher: str) -> None:
     shape = Shape(NUMBERS, ranks, virtual_workers, group_size=GROUP)
     todo = list(CASES)

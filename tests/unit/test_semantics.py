@@ -1,6 +1,6 @@
 """Random training programs: the library does what the slow model of tests/semantics.py does.
 
-``HVDNOISE_PROGRAMS=260`` runs twice as many as usual, other ones among them.
+``HVDNOISE_PROGRAMS=180`` runs twice as many as usual, other ones among them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FAMILIES = {
     "covariance": Family(("workers", "white", "examples")),
     "several": Family(("own", "none", "gathered", "workers"), lags=(1, 1, 2), several=True,
                       displaced=0.2)}
-PROGRAMS = int(os.environ.get("HVDNOISE_PROGRAMS", "130"))  # of each family
+PROGRAMS = int(os.environ.get("HVDNOISE_PROGRAMS", "90"))  # of each family
 ERRORS = ("second", "between", "missing", "nothing", "worker", "closure", "torch", "failed")
 CENSUS: dict[str, Counter[str]] = {}  # of the families that passed
 
