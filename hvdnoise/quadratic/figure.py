@@ -16,7 +16,7 @@ def draw(record: dict[str, Any], paths: Sequence[Paths], path: Path) -> None:
     """Above: a panel for each way to train. Below: mean excess loss; measured over theory."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    drawing = Figure(figsize=(15, 8.5 if paths else 5), layout="constrained")
+    drawing: Any = Figure(figsize=(15, 8.5 if paths else 5), layout="constrained")
     FigureCanvasAgg(drawing)
     if not paths:
         _intervals(drawing.subplots(), record["checks"])

@@ -22,6 +22,8 @@ from scipy import special
 
 from hvdnoise.quadratic.problem import Array
 
+ROUNDING = 1e-10  # relative; for values that are all alike
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -35,12 +37,15 @@ class Interval:
 def positive_mean(values_R: Array, false_alarm: float) -> Interval:
     """The mean of independent positive values; ``high`` may be inf where they say little."""
     count, mean = len(values_R), float(np.mean(values_R))
-    shape = count * mean ** 2 / float(np.var(values_R, ddof=1))
-    limit = float(special.stdtrit(count - 1, 1 - false_alarm / 2)) ** 2 / (2 * shape)
-    at = -math.exp(-1 - limit)  # q - 1 - log q = limit where -q exp(-q) = at
-    most, least = (-float(special.lambertw(at, branch).real) for branch in (-1, 0))
-    if not at:
+    spread = float(np.var(values_R, ddof=1)) / mean ** 2 / count  # 1/k
+    limit = spread / 2 * float(special.stdtrit(count - 1, 1 - false_alarm / 2)) ** 2
+    if limit < 1e-7:  # q - 1 - log q is (q - 1)^2/2 there, and the exact roots are rounded away
+        most, least = 1 + math.sqrt(2 * limit) + ROUNDING, 1 - math.sqrt(2 * limit) - ROUNDING
+    elif limit > 600:
         return Interval(mean, 0.0, math.inf)
+    else:  # q - 1 - log q = limit where -q exp(-q) = -exp(-1 - limit)
+        most, least = (-float(special.lambertw(-math.exp(-1 - limit), branch).real)
+                       for branch in (-1, 0))
     return Interval(mean, mean / most, mean / least)
 
 

@@ -65,8 +65,8 @@ class Problem:
 
     @property
     def noise_scale(self) -> float:
-        """s of GNC: its displacements have 0.7/lambda_max of the deviations' size."""
-        return 0.7 / float(np.linalg.eigvalsh(HESSIAN)[-1])
+        """s of GNC: its displacements have 0.5/lambda_max of the deviations' size."""
+        return 0.5 / float(np.linalg.eigvalsh(HESSIAN)[-1])
 
 
 class Rows(nn.Module):
@@ -89,12 +89,13 @@ class Quadratic(Rows):
 
     def __init__(self) -> None:
         super().__init__(START)
-        self.register_buffer("hessian", torch.from_numpy(HESSIAN))
+        self.hessian_PP = torch.from_numpy(HESSIAN)
 
     def forward(self, x_bKP: Tensor) -> Tensor:
         """(b,)"""
         theta_KP = self.theta
-        return 0.5 * (theta_KP * (theta_KP @ self.hessian)).sum() + (x_bKP * theta_KP).sum((1, 2))
+        quadratic = 0.5 * (theta_KP * (theta_KP @ self.hessian_PP)).sum()
+        return quadratic + (x_bKP * theta_KP).sum((1, 2))
 
 
 class Cubic(Rows):
