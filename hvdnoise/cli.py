@@ -1,4 +1,4 @@
-"""hvdnoise train | eval | measure | plan | bench | doctor: parse, build, run, close.
+"""hvdnoise train | eval | measure | plan | bench | quadratic | doctor: parse, build, run, close.
 
 Settings are parsed and checked before Horovod starts, so that a mistake costs nothing and leaves
 nothing behind. Exit codes: 0 done; 2 bad input, one line on stderr; 75 preempted by SIGTERM and
@@ -24,6 +24,7 @@ _USAGE = """usage: hvdnoise train [--config YAML] [--FLAG VALUE ...]   train a n
        hvdnoise measure RUN [--FLAG VALUE ...]             sharpness of a run's weights
        hvdnoise plan [--config YAML] [--FLAG VALUE ...]    say what a run costs; launch lines
        hvdnoise bench [--FLAG VALUE ...]                   time ways to average gradients
+       hvdnoise quadratic [--FLAG VALUE ...]               check the noises against exact theory
        hvdnoise doctor [--FLAG VALUE ...]                  say what works on this machine
 Each takes --help. Start several ranks with horovodrun, mpirun or srun in front."""
 
@@ -73,14 +74,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     commands: dict[str, Callable[[Sequence[str], dict[str, int]], int]] = {
         "train": _train, "eval": _eval, "measure": _measure, "plan": _plan, "bench": _bench,
-        "doctor": _doctor}
+        "quadratic": _quadratic, "doctor": _doctor}
     if command in ("--help", "-h", "help"):
         print(_USAGE)
         return 0
     try:
         if command not in commands:
             raise ConfigError(f"unknown command {command!r}: give train, eval, measure, plan, "
-                              "bench or doctor; see hvdnoise --help")
+                              "bench, quadratic or doctor; see hvdnoise --help")
         return commands[command](rest, launched)
     except ConfigError as error:
         return process.refuse(str(error), launched)
@@ -157,6 +158,17 @@ def _bench(arguments: Sequence[str], launched: dict[str, int]) -> int:
     return _in_world(launched, facts, lambda world: run(
         config, variants, world, process.pick_device(config.device, world)),
         group_size=config.group_size if grouped else None)
+
+
+def _quadratic(arguments: Sequence[str], launched: dict[str, int]) -> int:
+    from hvdnoise.quadratic.config import FREE, QuadraticConfig, validate
+    config = _parse(QuadraticConfig, arguments, launched, program="hvdnoise quadratic")
+    cases = validate(config, launched["size"])
+    from hvdnoise.quadratic.run import run
+    from hvdnoise.training.config import flatten
+    process.set_threads(config.threads, launched["local_size"])
+    facts = {key: value for key, value in flatten(config).items() if key not in FREE}
+    return _in_world(launched, facts, lambda world: run(config, cases, world))
 
 
 def _doctor(arguments: Sequence[str], launched: dict[str, int]) -> int:
