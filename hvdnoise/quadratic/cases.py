@@ -7,8 +7,16 @@ from typing import Callable
 
 from hvdnoise.noise import COVARIANCES, GNC, CovarianceNoise, Noise
 from hvdnoise.quadratic.problem import Problem
-from hvdnoise.quadratic.theory import FORMULAS, CovarianceLaw, ExamplesLaw, GncLaw, Law
+from hvdnoise.quadratic.theory import (
+    FORMULAS,
+    CovarianceLaw,
+    ExamplesDiagonalLaw,
+    ExamplesLaw,
+    GncLaw,
+    Law,
+)
 
+DECAY, EVERY = 0.5, 3  # of the diagonal from examples, whose second moments change in time
 GNC_SOURCES = {"own": "", "gathered": "full", "isotropic": "isotropic", "layerwise": "layerwise"}
 
 
@@ -35,6 +43,12 @@ def _covariance(structure: str, source: str) -> Case:
     def noise(problem: Problem, seed: int) -> Noise:
         return CovarianceNoise(structure, problem.emulated_batch, source=source,
                                batch_size=problem.batch_size, seed=seed)
+    if source == "examples" and structure == "diagonal":
+        return Case(f"{structure}-{source}",
+                    lambda problem, seed: CovarianceNoise(
+                        structure, problem.emulated_batch, source=source, seed=seed,
+                        batch_size=problem.batch_size, decay=DECAY, every=EVERY),
+                    lambda problem: ExamplesDiagonalLaw(problem, DECAY, EVERY))
     if source == "examples":
         return Case(f"{structure}-{source}", noise, ExamplesLaw)
     return Case(f"{structure}-{source}", noise, lambda problem: CovarianceLaw(problem, structure))
@@ -49,7 +63,8 @@ def _gnc(source: str, structure: str) -> Case:
 
 def known() -> dict[str, Case]:
     """The cases by their names: those covariances that are registered and have a formula, GNC."""
-    formulas = [*((structure, "workers") for structure in FORMULAS), ("full", "examples")]
+    formulas = [*((structure, "workers") for structure in FORMULAS), ("full", "examples"),
+                ("diagonal", "examples")]
     cases = [Case("none", lambda problem, seed: None, Law, silent=True),
              *(_covariance(*pair) for pair in formulas if pair in COVARIANCES),
              *(_gnc(*each) for each in GNC_SOURCES.items())]

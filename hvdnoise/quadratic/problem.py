@@ -139,6 +139,8 @@ def follow(model: Rows, problem: Problem, noise: Noise | None, world: World,
         optimizer.zero_grad()
         for worker in optimizer.workers:
             inputs = batch[worker]
+            if isinstance(inputs, Tensor):
+                optimizer.observe_examples(model, lambda losses, _: losses, inputs, inputs)
             losses = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
             optimizer.weigh(losses).backward()
         optimizer.synchronize()

@@ -10,6 +10,7 @@ v' = mu v + A theta + xbar + nu and theta' = theta - alpha v', the same holds fo
 
     covariance noise      (1/M - 1/B) S; S is made from C, as estimates C^ of it enter linearly
     full, from examples   (1/M - 1/B) (C + A Sigma A): uncentred, so the mean gradient counts
+    diagonal, from them   (1/M - 1/B) times the running mean of diag(C + A Sigma A), as observed
     GNC                   A E[deltabar deltabar'] A, deltabar the mean of the W displacements
 
 E deltabar deltabar' is 0 for `own`. Otherwise it is s^2 S(G)/W, G = E D'D/(W-1) of the step
@@ -80,6 +81,23 @@ class ExamplesLaw(Law):
 
     def moment(self, sigma_PP: Array) -> Array:
         return self.problem.missing * (COVARIANCE + HESSIAN @ sigma_PP @ HESSIAN)
+
+
+class ExamplesDiagonalLaw(Law):
+    """Diagonal covariance noise from the examples of every n-th step, with a decay."""
+
+    def __init__(self, problem: Problem, decay: float, every: int) -> None:
+        super().__init__(problem)
+        self.decay, self.every = decay, every
+        self._step, self._weight, self._sum_P = 0, 0.0, np.zeros(len(HESSIAN))
+
+    def moment(self, sigma_PP: Array) -> Array:
+        if self._step % self.every == 0:
+            seen_P = np.diag(COVARIANCE + HESSIAN @ sigma_PP @ HESSIAN)
+            self._sum_P = self.decay * self._sum_P + seen_P
+            self._weight = self.decay * self._weight + 1
+        self._step += 1
+        return self.problem.missing * np.diag(self._sum_P / self._weight)
 
 
 class GncLaw(Law):

@@ -45,7 +45,8 @@ def enumerated(problem: Problem, law: theory.Law, steps: int) -> list[np.ndarray
         parts = [points(theory.COVARIANCE / problem.batch)]
         if law.multiplies:
             parts.append(np.sqrt(problem.missing) * points(theory.COVARIANCE))
-        elif (noise_PP := law.moment(np.zeros((P, P)))).any():
+        elif (noise_PP := law.moment(
+                theta_NP.T @ theta_NP / len(theta_NP))).any():
             parts.append(points(noise_PP))
         sums = np.array([sum(each) for each in itertools.product(*parts)])
         gradient_NP = theta_NP @ HESSIAN
