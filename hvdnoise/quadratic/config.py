@@ -47,7 +47,7 @@ class QuadraticConfig:
     batch_size: int = 2
     emulated_batch: int = 2
     virtual_workers: int | None = None
-    replicas: int = 40
+    replicas: int = 30
     steps: int = 10
     false_alarm: float = 1e-4
     regression: bool = True

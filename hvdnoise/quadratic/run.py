@@ -75,6 +75,7 @@ def _all_checks(config: QuadraticConfig, cases: list[Case], world: comm.World, b
                                    false_alarm=config.false_alarm / intervals)
     seeds = (streams.seed_for(config.seed, "quadratic", number) for number in count())
     for case in cases:
+        _forget()
         found = _last(checks.quadratic(case, problem, world, seeds, **options), bar)
         if case.on_weights:
             found += _last(checks.smoothing(case, problem, world, seeds, **options), bar)
@@ -89,6 +90,7 @@ def _all_paths(config: QuadraticConfig, world: comm.World, bar: Progress
                ) -> Iterator[regression.Paths]:
     problem = config.problem(world.size)
     for way in regression.ways() if config.regression else []:
+        _forget()
         yield _last(regression.train(way, problem, world, config.seed), bar)
         _show(bar, f"regression, {way}: done")
 
@@ -110,14 +112,9 @@ def _show(bar: Progress, text: str) -> None:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what each of many optimizers says; and with a cheap garbage collection.
-
-    Optimizers of earlier runs must be gone when a new one starts, so each collects garbage.
-    """
+    """Without what each of many optimizers says of itself."""
     level = log.level
     log.setLevel(logging.WARNING)
-    gc.collect()
-    gc.freeze()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "emulated_batch=")
@@ -125,6 +122,13 @@ def _quietly() -> Iterator[None]:
     finally:
         gc.unfreeze()
         log.setLevel(level)
+
+
+def _forget() -> None:
+    """Optimizers of earlier runs must be gone when a new one starts, so each new one collects
+    garbage (`hvdnoise.ordering`). This makes that quick: what is there now is not looked at."""
+    gc.collect()
+    gc.freeze()
 
 
 def _make_folder(config: QuadraticConfig, world: comm.World) -> None:
