@@ -152,12 +152,27 @@ def dense_diagonal(W: int, M: int, seed: int) -> list[tuple[Any, Any]]:
     return dense_shared(W, M, seed, "diagonal", decay=0.95, every=2)
 
 
+def dense_diagonal_examples(W: int, M: int, seed: int) -> list[tuple[Any, Any]]:
+    """Of the first step, which is the only one of ten that is observed."""
+    seen: list[Any] = []
+
+    def noisy(model: Dense, step: int) -> Any:
+        if step == 0:
+            seen.append((model.example_gradients(step) ** 2).mean(axis=0))
+        missing = reference.emulation_factor(W * model.b, M)
+        return model.worker_gradients(step).mean(axis=0) + np.sqrt(
+            missing * seen[0]) * model.normals("diagonal", step, seed=seed)
+    return dense_covariance(W, noisy)
+
+
 COVARIANCES: dict[str, tuple[Any, Any]] = {
     "workers": (dense_full_workers, {"structure": "full"}),
     "examples": (dense_full_examples, {"structure": "full", "source": "examples"}),
     "isotropic": (dense_isotropic, {"structure": "isotropic"}),
     "layerwise": (dense_layerwise, {"structure": "layerwise"}),
-    "diagonal": (dense_diagonal, {"structure": "diagonal"})}
+    "diagonal": (dense_diagonal, {"structure": "diagonal"}),
+    "diagonal-examples": (dense_diagonal_examples,
+                          {"structure": "diagonal", "source": "examples"})}
 NOISES: dict[str, Any] = {
     "none": lambda: None, "own": lambda: GNC(0.4), "lr": lambda: GNC(lr=2.0),
     "gathered": lambda: GNC(0.4, source="gathered"),
@@ -166,4 +181,5 @@ NOISES: dict[str, Any] = {
     "examples": lambda: CovarianceNoise("full", 3, source="examples"),
     "isotropic": lambda: CovarianceNoise("isotropic", 3),
     "layerwise": lambda: CovarianceNoise("layerwise", 3),
-    "diagonal": lambda: CovarianceNoise("diagonal", 3)}
+    "diagonal": lambda: CovarianceNoise("diagonal", 3),
+    "diagonal-examples": lambda: CovarianceNoise("diagonal", 3, source="examples")}
