@@ -238,21 +238,23 @@ def command(capsys: pytest.CaptureFixture[str], **settings: Any) -> tuple[int, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in known() if name != "none"])
-def test_twice_the_variance_is_found_and_named(name: str, monkeypatch: pytest.MonkeyPatch,
-                                               capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name, wrong", [*((name, 2.0) for name in known() if name != "none"),
+                                         ("full-workers", 0.5)])
+def test_a_wrong_variance_is_found_and_named(name: str, wrong: float,
+                                             monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
     structure, _, source = name.rpartition("-")
     if structure == "gnc":
         right = GNC.displacement
 
         def displacement(self: GNC, *arguments: Any) -> Any:
             numbers, factors = right(self, *arguments)
-            return numbers, [2 ** 0.5 * factor for factor in factors]
+            return numbers, [wrong ** 0.5 * factor for factor in factors]
         monkeypatch.setattr(GNC, "displacement", displacement)
     else:
         maker: Any = COVARIANCES[structure, source]
         missing = maker.missing_variance
-        monkeypatch.setattr(maker, "missing_variance", lambda *given: 2 * missing(*given))
+        monkeypatch.setattr(maker, "missing_variance", lambda *given: wrong * missing(*given))
     code, out, err = command(capsys, structures=name)
     (line,) = err.strip().splitlines()
     assert code == 1 and f"{name} (" in line and "differs" in line
