@@ -26,7 +26,7 @@ from tests.noises import forgotten_afterwards
 PROBLEM = Problem(0.6, 0.0, workers=4, batch_size=2, emulated_batch=2)
 WITH_MOMENTUM = Problem(0.3, 0.5, workers=4, batch_size=2, emulated_batch=2)
 P = len(HESSIAN)
-QUICK: dict[str, Any] = dict(replicas=16, steps=10, momentum=0.0, regression=False,
+QUICK: dict[str, Any] = dict(replicas=16, steps=8, momentum=0.0, regression=False,
                              progress="none", false_alarm=1e-3)
 
 
@@ -180,10 +180,10 @@ def test_intervals_of_little_and_of_much() -> None:
     (["--learning_rate", "0"], "learning_rate=0.0"), (["--learning_rate", "nan"], "nan"),
     (["--learning_rate", "fast"], "learning_rate=fast is wrong: give a number"),
     (["--learning_rate", "2"], "diverges"),
-    (["--learning_rate", "1.2"], "full-examples diverges"),
+    (["--learning_rate", "1.4"], "full-examples diverges"),
     (["--momentum", "1"], "give 0 <= m < 1"), (["--momentum", "nan"], "momentum=nan"),
     (["--batch_size", "0"], "batch_size=0"), (["--batch_size", "2.5"], "a whole number"),
-    (["--emulated_batch", "8"], "give less than 8, the whole batch (4 workers of 2)"),
+    (["--emulated_batch", "16"], "give less than 16, the whole batch (8 workers of 2)"),
     (["--emulated_batch", "0"], "emulated_batch=0"),
     (["--virtual_workers", "1"], "need 2 workers"), (["--virtual_workers", "0"], "1 or more"),
     (["--replicas", "7"], "give 8 or more"), (["--steps", "7"], "give 8 or more"),
