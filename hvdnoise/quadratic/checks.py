@@ -143,7 +143,7 @@ def smoothing(case: Case, problem: Problem, world: World, seeds: Iterator[int], 
               steps: int, false_alarm: float) -> Iterator[list[Check] | None]:
     """As `quadratic`, of GNC on the cubic: the sum over all numbers of what the gradient gains.
 
-    With a radius rho, sum Var(delta) is rho^2: exactly for `own`, in expectation for the others.
+    With a radius rho, sum Var(delta) is rho^2: exactly for ``own``, in expectation for the others.
     """
     runs: list[Array] = []
     problem = Problem(CUBIC_RATE, 0.0, problem.workers, problem.batch_size, problem.emulated_batch)

@@ -14,7 +14,7 @@ from hvdnoise.quadratic.theory import growth
 from hvdnoise.training.config import ConfigError
 from hvdnoise.training.validation import require
 
-WORKERS = 4
+WORKERS = 8
 FILE = "quadratic.json"
 
 
@@ -29,7 +29,7 @@ class QuadraticConfig:
         momentum: of the runs with momentum; 0: there are none.
         batch_size: examples of each worker and step.
         emulated_batch: of covariance noise, less than the whole batch.
-        virtual_workers: workers that each rank stands for; default: so many that there are 4.
+        virtual_workers: workers that each rank stands for; default: so many that there are 8.
         replicas: independent runs of each noise.
         steps: of each run.
         false_alarm: the chance that a correct program fails, all noises together.
@@ -45,10 +45,10 @@ class QuadraticConfig:
     learning_rate: float = 0.6
     momentum: float = 0.5
     batch_size: int = 2
-    emulated_batch: int = 2
+    emulated_batch: int = 4
     virtual_workers: int | None = None
-    replicas: int = 30
-    steps: int = 10
+    replicas: int = 24
+    steps: int = 8
     false_alarm: float = 1e-4
     regression: bool = True
     seed: int = 0

@@ -13,7 +13,7 @@ v' = mu v + A theta + xbar + nu and theta' = theta - alpha v', the same holds fo
     diagonal, from them   (1/M - 1/B) times the running mean of diag(C + A Sigma A), as observed
     GNC                   A E[deltabar deltabar'] A, deltabar the mean of the W displacements
 
-E deltabar deltabar' is 0 for `own`. Otherwise it is s^2 S(G)/W, G = E D'D/(W-1) of the step
+E deltabar deltabar' is 0 for ``own``. Otherwise it is s^2 S(G)/W, G = E D'D/(W-1) of the step
 before, for which G' = C/b + s^2 A S(G) A and S(G) is G itself (gathered) or white noise of its
 trace. One step's increase of E L due to the noise is alpha^2/2 tr(A N).
 
@@ -101,7 +101,7 @@ class ExamplesDiagonalLaw(Law):
 
 
 class GncLaw(Law):
-    """GNC with lag 1 and s the problem's; a structure, or "" for `own`."""
+    """GNC with lag 1 and s the problem's; a structure, or "" for ``own``."""
 
     def __init__(self, problem: Problem, structure: str) -> None:
         super().__init__(problem)

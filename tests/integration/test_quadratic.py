@@ -10,7 +10,7 @@ from hvdnoise.quadratic.cases import known
 from tests.integration.running import error_lines, hvdnoise
 from tests.launcher import run_command
 
-QUICK = ["--replicas", "16", "--steps", "8", "--momentum", "0", "--false_alarm", "0.001"]
+QUICK = ["--replicas", "12", "--steps", "8", "--momentum", "0", "--false_alarm", "0.001"]
 
 
 def test_two_ranks_agree_with_theory(tmp_path: Path) -> None:
@@ -22,17 +22,17 @@ def test_two_ranks_agree_with_theory(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["figure.png", "quadratic.json",
                                                               "table.md"]
     record = json.loads((folder / "quadratic.json").read_text())
-    assert (record["ranks"], record["problem"]["workers"]) == (2, 4)
+    assert (record["ranks"], record["problem"]["workers"]) == (2, 8)
     for name in names.split(","):
         assert name in known() and ended.output.count(f"| {name} ") == 1  # rank 0 alone prints
     assert "gnc-own: 7 of 7 agree" in ended.output
 
 
 def test_bad_input_on_two_ranks(tmp_path: Path) -> None:
-    ended = hvdnoise(2, "quadratic", "--emulated_batch", "8", "--out", str(tmp_path / "out"))
+    ended = hvdnoise(2, "quadratic", "--emulated_batch", "16", "--out", str(tmp_path / "out"))
     assert ended.exit_code not in (0, None) and not ended.leftovers, ended.report()
     (line,) = error_lines(ended.output)
-    assert "emulated_batch=8 is wrong: give less than 8" in line
+    assert "emulated_batch=16 is wrong: give less than 16" in line
     assert not (tmp_path / "out").exists()
 
 

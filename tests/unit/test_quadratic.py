@@ -26,7 +26,7 @@ from tests.noises import forgotten_afterwards
 PROBLEM = Problem(0.6, 0.0, workers=4, batch_size=2, emulated_batch=2)
 WITH_MOMENTUM = Problem(0.3, 0.5, workers=4, batch_size=2, emulated_batch=2)
 P = len(HESSIAN)
-QUICK: dict[str, Any] = dict(replicas=16, steps=10, momentum=0.0, regression=False,
+QUICK: dict[str, Any] = dict(replicas=16, steps=8, momentum=0.0, regression=False,
                              progress="none", false_alarm=1e-3)
 
 
@@ -181,10 +181,10 @@ def test_intervals_of_little_and_of_much() -> None:
     (["--learning_rate", "0"], "learning_rate=0.0"), (["--learning_rate", "nan"], "nan"),
     (["--learning_rate", "fast"], "learning_rate=fast is wrong: give a number"),
     (["--learning_rate", "2"], "diverges"),
-    (["--learning_rate", "1.2"], "full-examples diverges"),
+    (["--learning_rate", "1.4"], "full-examples diverges"),
     (["--momentum", "1"], "give 0 <= m < 1"), (["--momentum", "nan"], "momentum=nan"),
     (["--batch_size", "0"], "batch_size=0"), (["--batch_size", "2.5"], "a whole number"),
-    (["--emulated_batch", "8"], "give less than 8, the whole batch (4 workers of 2)"),
+    (["--emulated_batch", "16"], "give less than 16, the whole batch (8 workers of 2)"),
     (["--emulated_batch", "0"], "emulated_batch=0"),
     (["--virtual_workers", "1"], "need 2 workers"), (["--virtual_workers", "0"], "1 or more"),
     (["--replicas", "7"], "give 8 or more"), (["--steps", "7"], "give 8 or more"),
@@ -239,21 +239,23 @@ def command(capsys: pytest.CaptureFixture[str], **settings: Any) -> tuple[int, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in known() if name != "none"])
-def test_twice_the_variance_is_found_and_named(name: str, monkeypatch: pytest.MonkeyPatch,
-                                               capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name, wrong", [*((name, 2.0) for name in known() if name != "none"),
+                                         ("full-workers", 0.5)])
+def test_a_wrong_variance_is_found_and_named(name: str, wrong: float,
+                                             monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
     structure, _, source = name.rpartition("-")
     if structure == "gnc":
         right = GNC.displacement
 
         def displacement(self: GNC, *arguments: Any) -> Any:
             numbers, factors = right(self, *arguments)
-            return numbers, [2 ** 0.5 * factor for factor in factors]
+            return numbers, [wrong ** 0.5 * factor for factor in factors]
         monkeypatch.setattr(GNC, "displacement", displacement)
     else:
         maker: Any = COVARIANCES[structure, source]
         missing = maker.missing_variance
-        monkeypatch.setattr(maker, "missing_variance", lambda *given: 2 * missing(*given))
+        monkeypatch.setattr(maker, "missing_variance", lambda *given: wrong * missing(*given))
     code, out, err = command(capsys, structures=name)
     (line,) = err.strip().splitlines()
     assert code == 1 and f"{name} (" in line and "differs" in line
