@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
 from hvdnoise.buckets import Layout, default_layout
 from hvdnoise.exchange_plan import Shape
 from hvdnoise.noise.base import MeanObservingNoise, Noise, WeightNoise
