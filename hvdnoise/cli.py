@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import sys
 from dataclasses import dataclass
 from typing import Any, Callable, Literal, Sequence, TypeVar
@@ -168,8 +167,6 @@ def _quadratic(arguments: Sequence[str], launched: dict[str, int]) -> int:
     from hvdnoise.quadratic.run import run
     from hvdnoise.training.config import flatten
     process.set_threads(config.threads, launched["local_size"])
-    # each of some hundred optimizers has names of its own, more than Horovod's 1024
-    os.environ.setdefault("HOROVOD_CACHE_CAPACITY", "4096")
     facts = {key: value for key, value in flatten(config).items() if key not in FREE}
     return _in_world(launched, facts, lambda world: run(config, cases, world))
 

@@ -144,6 +144,7 @@ def smoothing(case: Case, problem: Problem, world: World, seeds: Iterator[int], 
     """As `quadratic`, of GNC on the cubic: the sum over all numbers of what the gradient gains.
 
     With a radius rho, sum Var(delta) is rho^2: exactly for ``own``, in expectation for the others.
+    Half of the steps are enough here.
     """
     runs: list[Array] = []
     problem = Problem(CUBIC_RATE, 0.0, problem.workers, problem.batch_size, problem.emulated_batch)
@@ -151,7 +152,7 @@ def smoothing(case: Case, problem: Problem, world: World, seeds: Iterator[int], 
     assert source in GNC_SOURCES
     for number in range(replicas):
         seed = next(seeds)
-        x_TWbKP = pulls(problem, steps, seed=seed)
+        x_TWbKP = pulls(problem, max(4, steps // 2), seed=seed)
         noise = GNC(RADIUS * math.sqrt(COPIES), source=source,
                     seed=streams.seed_for(seed, "smoothing"))
         before, _, gradients = follow(Cubic(CUBIC), problem, noise, world, x_TWbKP)

@@ -32,7 +32,7 @@ from hvdnoise.quadratic.problem import COPIES, Array, Problem, Rows, follow
 
 HESSIAN: Array = np.array([[1.0, 0.3], [0.3, 0.25]])
 START: Array = np.array([2.0, -3.0])
-RATE, STEPS, RUNS = 0.3, 48, 8
+RATE, STEPS, RUNS = 0.3, 48, 6
 SMALL, LARGE = 1, 16  # b
 CHANCE = 0.01  # that an interval of a difference does not hold the true one
 STRUCTURES = ("isotropic", "full", "diagonal")
