@@ -6,7 +6,7 @@ structure is the only difference between two runs. The trace of the noise's cova
 
     "own"            as the structure is defined
     a number         tr S, at every step
-    "matched:full"   tr C^ = b/(W-1) sum_j |d_j|^2, that of `full` noise from the workers, of the
+    "matched:full"   tr C^ = b/(W-1) sum_j |d_j|^2, that of full noise from the workers, of the
                      last step that was observed (from the examples: sum_n |g_n|^2 / B); also
                      "matched:isotropic" and "matched:layerwise", which have the same trace
 
