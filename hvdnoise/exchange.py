@@ -113,7 +113,7 @@ class Exchange:
         if pending is not None and self._turn_used:  # and not by one that was dropped
             self._turn, self._turn_used = (self._turn + 1) % self.options.lag, False
         # a plan that takes the mean from the rows, of one worker, needs them once
-        self._fills_rows = pending is not None and pending.noise.needs_deviations \
+        self._fills_rows = pending is not None and pending.needs_deviations \
             and not (plan.mean_from_rows and self.num_local == 1)
         self._fills_reduced = not (plan.mean_from_rows and self._fills_rows)
         self._tasks = [BucketTask(bucket, reduced, views, world=self.world, options=self.options,
@@ -214,6 +214,8 @@ class Exchange:
             self._late.append((self._pending, self._tasks))
             self._turn_used = True
         self.scheduler.release(self._tasks)
+        if self._pending is not None:
+            self._pending.finish_beside()
         if len(self._late) == self.options.lag:  # the next exchange but one takes its names
             self._finish_oldest()
         self.seconds = self.scheduler.seconds - self._waited

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import ChainMap, deque
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any, Callable
 
@@ -30,6 +31,8 @@ from hvdnoise.noise.base import (
     WeightNoise,
     WorkerNoise,
     check_returned,
+    part,
+    parts_of,
 )
 from hvdnoise.pending import PendingObservation
 from hvdnoise.per_example import ExampleStatistics, LossesOf, check_model, example_gradients
@@ -49,6 +52,33 @@ class Measured:
     # act through weights of workers or examples, whose noise is never formed
     noise_rms: float | None
     weight_deviation: float | None = None  # of weights of workers or examples, where it is known
+
+
+class OwnState(MutableMapping[str, Any]):
+    """What is one noise's own of a state that several share."""
+
+    def __init__(self, shared: MutableMapping[str, Any], prefix: str) -> None:
+        self._shared, self._prefix = shared, prefix
+
+    def __getitem__(self, name: str) -> Any:
+        return self._shared[self._prefix + name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._shared[self._prefix + name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._shared[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        start = len(self._prefix)
+        return (name[start:] for name in self._shared if name.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _prefix(noise: Noise) -> str:
+    return f"{type(noise).__name__}: "
 
 
 class NoiseState:
@@ -74,7 +104,10 @@ class NoiseState:
         self.loss_scale: float | Callable[[], float] = 1.0
         self.observing, self.first_pass = True, False
         self.watch: ModelWatch | None = None
-        self._weights = Displacements(noise) if isinstance(noise, WeightNoise) else None
+        weights = part(noise, WeightNoise)
+        self._weights = Displacements(weights) if weights is not None else None
+        self._mean, self._mean_observer = part(noise, MeanNoise), part(noise, MeanObservingNoise)
+        self._worker, self._example = part(noise, WorkerNoise), part(noise, ExampleNoise)
         # of the last steps that were taken, for a noise that needs them `lag` steps later
         self._past: deque[PendingObservation] = deque(maxlen=max(1, noise.lag if noise else 1))
         self._pending: PendingObservation | None = None  # of the step under way
@@ -92,8 +125,8 @@ class NoiseState:
     def watch_model(self, terms: weakref.WeakMethod[Any], names: dict[Tensor, str], *,
                     in_eval: bool) -> None:
         """Have the calls of the model's modules watched, if the noise needs to know of them."""
-        counts = isinstance(self.noise, (WorkerNoise, MeanNoise)) \
-            and not getattr(self.noise, "batch_size", None)
+        counts = any(not getattr(each, "batch_size", None) for each in (self._worker, self._mean)
+                     if each is not None)
         if counts or self._weights is not None:
             self.watch = ModelWatch(terms, names, displaces=self._weights is not None,
                                     in_eval=in_eval)
@@ -131,8 +164,9 @@ class NoiseState:
 
     def keep_observation(self) -> None:
         """Keep what was observed, if the noise needs it in a later step."""
-        if self._pending is not None and self._weights is not None:
-            self._past.append(self._pending)
+        if self._weights is not None and (own := self._seen_by(self._weights.noise)) is not None:
+            own.beside = None
+            self._past.append(own)
         self._pending = None
 
     def forget_observations(self) -> None:
@@ -142,16 +176,29 @@ class NoiseState:
 
     def start_observation(self, layout: Layout) -> PendingObservation | None:
         """What the noise is to observe of the exchange whose first backward pass begins."""
-        noise = self.noise
         if self._kept_of != layout.digest:
             self._kept, self._kept_of = {}, layout.digest
-        if noise is None or not self.observing or (self._kept and self.steps % noise.every) or not (
-                noise.needs_deviations or noise.sees_examples or self._weights is not None):
-            return None
-        self._pending = PendingObservation(noise, self.context(), layout, self._current_loss_scale,
-                                           stays=self.first_pass and noise.needs_no_mean,
-                                           statistics=self._from_examples.sums)
+        weights, mean = part(self.noise, WeightNoise), self._mean
+        self._pending = None
+        if mean is not None and mean.statistics and not self.first_pass and self._is_due(mean):
+            self._pending = PendingObservation(
+                mean, self.context(of=mean), layout, self._current_loss_scale,
+                statistics=self._from_examples.sums if mean.sees_examples else None)
+        if weights is not None and self.observing and self._is_due(weights):
+            of_weights = PendingObservation(
+                weights, self.context(of=weights), layout, self._current_loss_scale,
+                stays=self.first_pass and weights.needs_no_mean)
+            self._pending, of_weights.beside = of_weights, self._pending
         return self._pending
+
+    def _is_due(self, noise: Noise) -> bool:
+        """Whether a noise observes in this step."""
+        return self.steps % noise.every == 0 or not any(self.context(of=noise).state)
+
+    def _seen_by(self, noise: Noise) -> PendingObservation | None:
+        """What a noise observes in this step."""
+        return next((each for each in (self._pending.each() if self._pending else ())
+                     if each.noise is noise), None)
 
     def observe_examples(self, layout: Layout, names: dict[Tensor, str],
                          of: tuple[nn.Module, LossesOf, Tensor, Tensor], where: tuple[int, int]
@@ -163,23 +210,22 @@ class NoiseState:
             of: the model, its losses, inputs and targets.
             where: the number of this rank's worker, and of its pass.
         """
-        noise = self.noise
+        noise = self._mean
         if noise is None or not noise.sees_examples or (
-                self._kept and self._kept_of == layout.digest and self.steps % noise.every):
+                self._kept_of == layout.digest and not self._is_due(noise)):
             return
-        (model, _, inputs, _), (v, part), context = of, where, self.context()
+        (model, _, inputs, _), (v, number), context = of, where, self.context(of=noise)
         found = check_model(model, [p for bucket in layout.buckets for p in bucket.parameters],
                             names)
         sampling = None
         if noise.labels == "sampled":
-            sampling = generator(noise.seed, "labels", self.steps, context.workers[v], part)
+            sampling = generator(noise.seed, "labels", self.steps, context.workers[v], number)
         self._from_examples.add(noise, layout, context, len(inputs),
                                 example_gradients(found, *of, sampling))
 
     def check_observed(self) -> None:
         """Raise where the examples of the pass that begins were not shown but had to be."""
-        if self._pending is not None and self._pending.noise.sees_examples \
-                and self._from_examples.count_of_pass is None:
+        if self._observes_examples and self._from_examples.count_of_pass is None:
             raise RuntimeError("this noise sees the gradients of single examples in this step: "
                                "call optimizer.observe_examples(model, losses_of, inputs, "
                                "targets) before backward()")
@@ -187,15 +233,26 @@ class NoiseState:
     def _current_loss_scale(self) -> float:
         return float(self.loss_scale() if callable(self.loss_scale) else self.loss_scale)
 
-    def context(self, examples: float = 0) -> StepContext:
-        """The step under way; ``examples``: of a worker."""
+    @property
+    def _observes_examples(self) -> bool:
+        return self._mean is not None and self._mean.sees_examples \
+            and self._seen_by(self._mean) is not None
+
+    def context(self, examples: float = 0, of: Noise | None = None) -> StepContext:
+        """The step under way; ``examples``: of a worker; ``of``: the noise whose state it has."""
         first = self.world.rank * self.virtual_workers
         return StepContext(step=self.steps, num_workers=self.world.size * self.virtual_workers,
                            workers=range(first, first + self.virtual_workers),
-                           examples_per_worker=examples, state=ChainMap(self._set, self._kept))
+                           examples_per_worker=examples,
+                           state=self._own(of, ChainMap(self._set, self._kept)))
 
-    def _with_state(self, new: dict[str, Any], kept: dict[str, Any]) -> StepContext:
-        return replace(self.context(), state=ChainMap(new, kept))
+    def _own(self, noise: Noise | None, state: ChainMap[str, Any]) -> MutableMapping[str, Any]:
+        """What is one noise's own of a state; of several, each has names of its own."""
+        several = len(parts_of(self.noise)) > 1
+        return OwnState(state, _prefix(noise)) if several and noise is not None else state
+
+    def _with_state(self, noise: Noise, new: dict[str, Any], kept: dict[str, Any]) -> StepContext:
+        return replace(self.context(), state=self._own(noise, ChainMap(new, kept)))
 
     # ------------------------------------------------------------------ before the reduction
 
@@ -211,7 +268,7 @@ class NoiseState:
             return {}
         due = self._past[0] if len(self._past) == self._past.maxlen else None
         if not self._weights.are_of(due, v):
-            context = self._with_state(self._set, self._before[0])  # of the buckets that are due
+            context = self._with_state(self._weights.noise, self._set, self._before[0])
             self._weights.form(due, v, context, learning_rates, measure=self.measure)
             self._note_memory(self._weights.memory)
         return self._weights.terms
@@ -234,34 +291,36 @@ class NoiseState:
         self.terms(v, learning_rates)
         self._weights.check(p, v, self.watch)
 
-    def weigh(self, losses: Tensor, v: int, part: int, parts: int) -> Tensor:
-        """The loss of part ``part`` of ``parts`` of a worker's batch from its examples' losses."""
-        if not isinstance(self.noise, ExampleNoise):
+    def weigh(self, losses: Tensor, v: int, number: int, parts: int) -> Tensor:
+        """The loss of part ``number`` of ``parts`` of a worker's batch, from its examples' ones."""
+        noise = self._example
+        if noise is None:
             return losses.mean()
-        context = self.context(len(losses) * parts)
-        self._weight_deviation = self.noise.weight_deviation(context)
-        weights = self.noise.example_weights(context.workers[v], part, len(losses), context)
+        context = self.context(len(losses) * parts, of=noise)
+        self._weight_deviation = noise.weight_deviation(context)
+        weights = noise.example_weights(context.workers[v], number, len(losses), context)
         self._weighed = True
         return (weights.to(losses) * losses).mean()
 
     def check_weighed(self) -> None:
         """Raise where the loss of the pass that begins was not weighed but had to be."""
-        if isinstance(self.noise, ExampleNoise) and not self._weighed:
+        if self._example is not None and not self._weighed:
             raise RuntimeError("covariance noise from examples weighs their losses: call "
                                "loss = optimizer.weigh(losses) before backward()")
         self._weighed = False
 
     def worker_weight(self, v: int, p: Tensor, *, in_pass: bool) -> float:
         """The factor of the gradient of this rank's worker number ``v``, in ``p.grad``."""
-        if not isinstance(self.noise, WorkerNoise) or p.grad is None:
+        noise = self._worker
+        if noise is None or p.grad is None:
             return 1.0
         examples = self._examples[-1] + ([] if self.watch is None else [
             self.watch.examples(repeated=in_pass)])
-        context = self.context(sum(examples))
+        context = self.context(sum(examples), of=noise)
         known = self._worker_weights
         if context.examples_per_worker not in known:
-            self._weight_deviation = self.noise.weight_deviation(context)
-            weights_W = self.noise.worker_weights(context).tolist()
+            self._weight_deviation = noise.weight_deviation(context)
+            weights_W = noise.worker_weights(context).tolist()
             known[context.examples_per_worker] = [weights_W[i] for i in context.workers]
         return known[context.examples_per_worker][v]
 
@@ -275,7 +334,7 @@ class NoiseState:
         if self.watch is None:
             self._from_examples.count_of_pass = None
             return
-        if counts and isinstance(self.noise, (WorkerNoise, MeanNoise)):
+        if counts and (self._worker is not None or self._mean is not None):
             self._examples[-1].append(self.watch.examples(repeated=in_pass))
             self._check_count(self._examples[-1][-1])
         self.watch.end_pass()
@@ -298,7 +357,7 @@ class NoiseState:
     def examples(self) -> float:
         """Of this rank's workers together; nan where a call has no tensor that would tell."""
         self._note_memory()
-        if self._pending is not None and self._pending.noise.sees_examples:
+        if self._observes_examples:
             return self._from_examples.count
         examples = [each for worker in self._examples for each in worker]
         return sum(examples) if min(examples, default=0) >= 0 else math.nan
@@ -310,31 +369,36 @@ class NoiseState:
 
     def add_to_mean(self, exchange: Exchange) -> None:
         """Show the mean gradients to the noise and add it to them, where it acts on them."""
-        if self.measure and isinstance(self.noise, (MeanNoise, MeanObservingNoise)):
-            self._mean_square = sum(square(flat) for _, flat in exchange.reduced())
-        if isinstance(self.noise, MeanObservingNoise):
-            self._show_means(self.noise, exchange)
-        if not isinstance(self.noise, MeanNoise):
+        noise, observer = self._mean, self._mean_observer
+        if self.first_pass:  # whose mean nobody uses
             return
-        observation = self._pending or self._unobserved(exchange)
-        context = self.context(observation.examples / (self.world.size * self.virtual_workers))
-        scale = self._current_loss_scale()
+        if self.measure and (noise is not None or observer is not None):
+            self._mean_square = sum(square(flat) for _, flat in exchange.reduced())
+        if observer is not None:
+            self._show_means(observer, exchange)
+        if noise is None:
+            return
+        observation = self._seen_by(noise) or self._unobserved(exchange)
+        workers = self.world.size * self.virtual_workers
+        context, scale = self.context(observation.examples / workers, of=noise), \
+            self._current_loss_scale()
         for bucket, reduced_N in exchange.reduced():
-            noise_N = self.noise.mean_noise(bucket, observation, context)
-            self._add("mean_noise", noise_N, reduced_N, scale)
+            noise_N = noise.mean_noise(bucket, observation, context)
+            self._add(noise, "mean_noise", noise_N, reduced_N, scale)
 
     def _show_means(self, noise: MeanObservingNoise, exchange: Exchange) -> None:
-        context, scale = self._with_state(self._learned, self._kept), self._current_loss_scale()
+        context, scale = self._with_state(noise, self._learned, self._kept), \
+            self._current_loss_scale()
         for bucket, reduced_N in exchange.reduced():
             mean_N = reduced_N / scale if scale != 1 else reduced_N
             added_N = noise.observe_mean(bucket, mean_N, context)
             if added_N is not None:
-                self._add("observe_mean", added_N, reduced_N, scale)
+                self._add(noise, "observe_mean", added_N, reduced_N, scale)
         self._note_memory()
 
-    def _add(self, call: str, noise_N: Tensor, reduced_N: Tensor, scale: float) -> None:
-        assert self.noise is not None
-        check_returned(self.noise, call, noise_N, tuple(reduced_N.shape))
+    def _add(self, noise: Noise, call: str, noise_N: Tensor, reduced_N: Tensor, scale: float
+             ) -> None:
+        check_returned(noise, call, noise_N, tuple(reduced_N.shape))
         reduced_N.add_(noise_N, alpha=scale)
         if self.measure:
             self._added_square += square(noise_N)
@@ -350,8 +414,8 @@ class NoiseState:
         if not self.measure:
             return
         V, scale = self.virtual_workers, self._current_loss_scale()
-        known = self.noise is None or self._weights is not None \
-            or isinstance(self.noise, (MeanNoise, MeanObservingNoise))
+        known = self.noise is None or any(
+            each is not None for each in (self._weights, self._mean, self._mean_observer))
         squares = self._added_square * V if self._weights is None else \
             sum(self._weights.squares.values())
         mine = torch.tensor([sum(map(float, self._local_squares)) / scale ** 2, squares],
@@ -368,7 +432,7 @@ class NoiseState:
 
     @property
     def _kind(self) -> str:
-        return type(self.noise).__name__
+        return " + ".join(type(each).__name__ for each in parts_of(self.noise)) or "NoneType"
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, for a bitwise resumption; once the exchange has been waited for."""
@@ -395,17 +459,20 @@ class NoiseState:
         if self.noise is None or not state:
             return
         kept = state.get("kept", {"layout": layout.digest, "values": {}})
-        past = [PendingObservation.restore(each, self.noise, self.context(), layout, parameters)
-                for each in state["seen"]]
+        weights = part(self.noise, WeightNoise)
+        past = [None if weights is None else PendingObservation.restore(
+            each, weights, self.context(of=weights), layout, parameters) for each in state["seen"]]
         if None in past or kept["layout"] != layout.digest \
                 or state.get("noise", self._kind) != self._kind:
             raise ValueError("the loaded deviations are of other buckets, workers or another "
                              "noise: resume with the same bucket_bytes, ranks, virtual_workers "
                              "and noise, or drop \"hvdnoise\" from the optimizer's state to "
                              "start the noise anew")
+        prefixes = tuple(map(_prefix, parts_of(self.noise)))
         for key, value in kept["values"].items():
+            name = next((key[len(each):] for each in prefixes if key.startswith(each)), key)
             devices = [bucket.device for bucket in layout.buckets
-                       if f"{key} ".startswith(f"{bucket.key} ")]
+                       if f"{name} ".startswith(f"{bucket.key} ")]
             self._kept[key] = value.to(devices[0]) if devices and isinstance(value, Tensor) \
                 else value
         if self._weights is not None:

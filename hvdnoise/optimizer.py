@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager, nullcontext
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ from torch import Tensor
 from hvdnoise import comm
 from hvdnoise.buckets import default_bucket_bytes
 from hvdnoise.exchange_plan import Shape
-from hvdnoise.noise.base import MeanObservingNoise, Noise, WeightNoise, check_noise
+from hvdnoise.noise.base import MeanObservingNoise, Noise, WeightNoise, check_noise, part
+from hvdnoise.noise.composed import compose
 from hvdnoise.noise_state import Measured, NoiseState
 from hvdnoise.parameters import OptimizerParameters
 from hvdnoise.plans import Choice, choose
@@ -61,7 +62,7 @@ class _DistributedOptimizer(Wrapper):
 
     @property
     def noise(self) -> Noise | None:
-        """The noise that was given."""
+        """The noise that was given; of several, a `Composed` of these ``parts``."""
         return self._noise_state.noise
 
     @property
@@ -327,7 +328,8 @@ def DistributedOptimizer(
         backward_passes_per_step: int = 1, op: Any = "average",
         gradient_predivide_factor: float = 1.0, num_groups: int = 0,
         groups: int | list[list[Tensor]] | None = None, sparse_as_dense: bool = False,
-        process_set: Any = None, *, noise: Noise | None = None, virtual_workers: int = 1,
+        process_set: Any = None, *, noise: Noise | Sequence[Noise] | None = None,
+        virtual_workers: int = 1,
         exchange: str = "auto", noise_precision: str = "fp32", bucket_bytes: int | None = None,
         noise_in_eval: bool = False, world: comm.World | None = None) -> Any:
     """Wrap an optimizer so that it averages gradients over the ranks, with structured noise.
@@ -347,7 +349,8 @@ def DistributedOptimizer(
         groups: parameters that travel together: a number of groups, or lists of parameters.
         sparse_as_dense: make sparse gradients dense for the transport.
         process_set: the ranks that take part; default all.
-        noise: `GNC`, `CovarianceNoise` or None. It needs ``op=Average``.
+        noise: `GNC`, `CovarianceNoise` or None, or a list of noises that act in different places
+            (hvdnoise.noise.composed). It needs ``op=Average``.
         virtual_workers: V workers on this rank, each with backward passes and a mean loss of its
             own; the gradient is the mean over all W = ranks * V workers.
         exchange: the plan by which noise that mixes all workers' deviations travels: "auto" (the
@@ -370,7 +373,7 @@ def DistributedOptimizer(
     """
     if isinstance(optimizer, Wrapper):
         raise ValueError("the optimizer is a DistributedOptimizer already: wrap the plain one")
-    check_noise(noise)
+    noise = compose(noise)
     reduction = op if isinstance(op, str) else comm.op_name(op)
     groups = groups if groups is not None else num_groups or None
     parameters = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
@@ -400,7 +403,8 @@ def DistributedOptimizer(
                       gradient_predivide_factor=gradient_predivide_factor,
                       keep_rows=noise is not None and (
                           noise.needs_deviations or noise.sees_examples
-                          or isinstance(noise, (WeightNoise, MeanObservingNoise))),
+                          or part(noise, WeightNoise) is not None
+                          or part(noise, MeanObservingNoise) is not None),
                       lag=max(1, noise.lag) if noise is not None else 1, plan=choice.plan,
                       precision=noise_precision,
                       peers=world.group(choice.group_size) if choice.plan.grouped else None)

@@ -44,6 +44,7 @@ class PendingObservation(Observation):
         self.observes = noise.statistics is not None
         self._loss_scale = loss_scale
         self._weights: dict[tuple[range, range], Tensor] = {}
+        self.beside: PendingObservation | None = None  # of another noise, of the same deviations
         self._sums: Handle | None = None
         self._elementwise: list[Handle] = []
 
@@ -59,19 +60,43 @@ class PendingObservation(Observation):
                                                   dtype=bucket.dtype, device=bucket.device)
         return self.rows[bucket.index]
 
+    def each(self) -> tuple[PendingObservation, ...]:
+        """This one, and the one beside it."""
+        return (self,) if self.beside is None else (self, self.beside)
+
     @property
     def tensors(self) -> list[Tensor]:
         """Rows and statistics."""
-        return [*self.rows.values(), *self.statistics.values()]
+        return [*self.rows.values(),
+                *(sums for each in self.each() for sums in each.statistics.values())]
+
+    @property
+    def needs_deviations(self) -> bool:
+        """Whether the workers' rows are wanted."""
+        return any(each.noise.needs_deviations for each in self.each())
+
+    @property
+    def sums_deviations(self) -> bool:
+        """Whether statistics of the deviations are wanted."""
+        return any(each._sums_deviations for each in self.each())
+
+    @property
+    def _sums_deviations(self) -> bool:
+        return self.observes and not self.noise.sees_examples
 
     def observe(self, bucket: Bucket, start: int, deviations_Kn: Tensor) -> None:
         """Take in the deviations, as they come, of some workers in a part of a bucket."""
-        assert isinstance(self.noise, ObservingNoise)
         unscaled = deviations_Kn / self._scale if self._scale != 1 else deviations_Kn
+        for each in self.each():
+            if each._sums_deviations:
+                each._take_in(bucket, start, unscaled)
+
+    def _take_in(self, bucket: Bucket, start: int, deviations_Kn: Tensor) -> None:
+        assert isinstance(self.noise, ObservingNoise)
         out = self._statistics_of(bucket)
         if self._is_elementwise:
             out = out[start:start + deviations_Kn.shape[1]]
-        self.noise.observe(bucket, start, unscaled, out, self.context)
+        self.noise.observe(bucket, start, deviations_Kn, out, self.context)
 
     @property
     def _is_elementwise(self) -> bool:
@@ -108,9 +133,13 @@ class PendingObservation(Observation):
         if self._is_elementwise:
             self._elementwise.append(world.allreduce_(self._statistics_of(bucket), name=name,
                                                       op="sum"))
+        if self.beside is not None:
+            self.beside.share_bucket(bucket, world, f"{name}.beside")
 
     def start_sharing(self, world: World, name: str, examples: float) -> None:
         """Start to sum the other statistics, and this rank's ``examples``."""
+        if self.beside is not None:
+            self.beside.start_sharing(world, f"{name}.beside", examples)
         if not self.observes:
             return
         sums = [] if self._is_elementwise else [
@@ -120,10 +149,12 @@ class PendingObservation(Observation):
 
     def done(self) -> bool:
         """Whether all sums are there."""
-        return all(each.done() for each in (*self._elementwise, self._sums) if each is not None)
+        handles = [handle for each in self.each() for handle in (*each._elementwise, each._sums)]
+        return all(handle.done() for handle in handles if handle is not None)
 
     def finish(self) -> None:
         """Wait for the sums; the observation is complete, but for mixtures on their way."""
+        self.finish_beside()
         self.wait_for_elementwise()
         if self._sums is not None:
             sums, self._sums = self._sums.wait(), None
@@ -135,11 +166,17 @@ class PendingObservation(Observation):
         if self.noise.rows is None:
             self.rows.clear()
 
+    def finish_beside(self) -> None:
+        """Complete the observation beside this one, which is of the step's own mean."""
+        if self.beside is not None:
+            self.beside.finish()
+
     def wait_for_elementwise(self) -> None:
         """Wait for the sums that `share_bucket` has started."""
-        for handle in self._elementwise:
-            handle.wait()
-        self._elementwise.clear()
+        for each in self.each():
+            for handle in each._elementwise:
+                handle.wait()
+            each._elementwise.clear()
 
     # ------------------------------------------------------------------ state
 

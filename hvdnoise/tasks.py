@@ -128,8 +128,7 @@ class BucketTask:
     @property
     def observes(self) -> bool:
         """Whether the noise wants to observe."""
-        return self.pending is not None and self.pending.observes \
-            and not self.pending.noise.sees_examples
+        return self.pending is not None and self.pending.sums_deviations
 
     def observe_part(self, start: int, deviations_Kn: Tensor) -> None:
         """Show the noise a part of the bucket."""
@@ -147,7 +146,7 @@ class BucketTask:
 
     def keep_rows(self) -> None:
         """The rows become what the noise keeps of them without the rows of others."""
-        if self.pending is not None and self.pending.noise.needs_deviations:
+        if self.pending is not None and self.pending.needs_deviations:
             self.observe(keep=self.pending.noise.rows != "gradients")
             self.pending.unscale_(self.rows)
 

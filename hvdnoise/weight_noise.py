@@ -47,7 +47,7 @@ class Displacements:
     def __init__(self, noise: WeightNoise) -> None:
         self.coverage = NoiseCoverage()
         self.squares: dict[int, float] = {}
-        self._noise = noise
+        self.noise = noise
         self.terms: dict[Tensor, Term] = {}
         self._formed = 0  # bytes of them that are neither rows nor kept by the noise
         self._of: tuple[PendingObservation | None, int] | None = None
@@ -90,9 +90,9 @@ class Displacements:
         for bucket in due.layout.buckets:
             clean = [p.detach() for p in bucket.parameters]
             rates = [rate.get(p) for p in bucket.parameters]
-            unit_N, factors = self._noise.displacement(bucket, v, clean, rates, due, context)
-            check_returned(self._noise, "displacement", unit_N, (bucket.size,))
-            check_returned(self._noise, "displacement", factors, (len(rates),))
+            unit_N, factors = self.noise.displacement(bucket, v, clean, rates, due, context)
+            check_returned(self.noise, "displacement", unit_N, (bucket.size,))
+            check_returned(self.noise, "displacement", factors, (len(rates),))
             if not storages([unit_N]) & known:
                 self._formed += unit_N.nbytes
             for t, p in enumerate(bucket.parameters):

@@ -26,7 +26,7 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
-from typing import Any, Callable, Literal, MutableMapping, Sequence
+from typing import Any, Callable, Literal, MutableMapping, Sequence, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -287,6 +287,20 @@ class MixingNoise(WeightNoise):
         """
 
 
+N = TypeVar("N", bound=Noise)
+
+
+def parts_of(noise: Noise | None) -> tuple[Noise, ...]:
+    """The noises that one stands for: none, itself, or several (`Composed`)."""
+    return () if noise is None else getattr(noise, "parts", (noise,))
+
+
+def part(noise: Noise | None, kind: Callable[..., N]) -> N | None:
+    """The one of its `parts_of` that is of this kind (a class), if any."""
+    found: Any = [each for each in parts_of(noise) if isinstance(each, cast(type, kind))]
+    return found[0] if found else None
+
+
 def check_noise(noise: object, num_workers: int = 0) -> None:
     """Refuse what is no noise, lacks calls that it promises, or needs more workers.
 
@@ -301,6 +315,10 @@ def check_noise(noise: object, num_workers: int = 0) -> None:
         return
     if not isinstance(noise, Noise):
         raise TypeError(f"noise={noise!r} is no noise: pass GNC(...), CovarianceNoise(...) or None")
+    if len(parts_of(noise)) > 1:
+        for each in parts_of(noise):
+            check_noise(each, num_workers)
+        return
     wanted: list[type | tuple[type, ...]] = [(WorkerNoise, ExampleNoise, MeanNoise, WeightNoise,
                                               MeanObservingNoise)]
     wanted += [ObservingNoise] if noise.statistics is not None else []

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hvdnoise.buckets import Layout, default_layout
 from hvdnoise.exchange_plan import Shape
-from hvdnoise.noise.base import MeanObservingNoise, Noise, WeightNoise
+from hvdnoise.noise.base import MeanObservingNoise, Noise, WeightNoise, part
 from hvdnoise.planning.config import PlanConfig
 from hvdnoise.plans import Choice, choose
 from hvdnoise.training import models
@@ -96,11 +96,12 @@ def noise_memory(noise: Noise | None, layout: Layout, V: int) -> int:
     """
     if noise is None:
         return 0
-    kept = noise.kept if isinstance(noise, MeanObservingNoise) else 0
+    observer = part(noise, MeanObservingNoise)
+    kept = observer.kept if observer is not None else 0
     rows = V if noise.needs_deviations else 0
     past = max(1, noise.lag) * V if noise.rows is not None else 0
     displaced = 0
-    if isinstance(noise, WeightNoise):
+    if part(noise, WeightNoise) is not None:
         displaced = 1 if noise.rows is not None or kept else 2  # with the numbers themselves
     forward = kept + past + displaced + (rows if V > 1 and noise.lag > 0 else 0)
     end = kept + bool(kept) + rows + (past if noise.lag > 0 else 0)

@@ -126,8 +126,8 @@ def _noise(config: PlanConfig, run: Outline) -> str:
     noise = config.noise
     if noise.kind == "none":
         return "none"
-    details = [value for value in (noise.structure, noise.source) if value]
-    name = " ".join([noise.kind, *details])
+    name = " with ".join(" ".join(filter(None, [each.kind, each.structure, each.source]))
+                         for each in noise.each())
     if run.mixes:
         return f"{name}, lag {_lag(config)}"
     memory = f"; {run.noise_memory / _MB:.4g} MB of a rank" if run.noise_memory else ""

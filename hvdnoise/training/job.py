@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from hvdnoise.comm import World
-from hvdnoise.noise.base import ExampleNoise
+from hvdnoise.noise.base import ExampleNoise, part
 from hvdnoise.noise.emulated import WeightedSample
 from hvdnoise.optimizer import DistributedOptimizer
 from hvdnoise.training import data, models
@@ -66,9 +66,10 @@ class Job:
     def batches(self) -> Batches:
         """The batch sizes, as the noise scale needs them."""
         noise, worker = self.optimizer.noise, self.sampler.batch_size
-        emulated = noise.emulated_batch if isinstance(noise, WeightedSample) else None
+        weighted = part(noise, WeightedSample)
+        emulated = weighted.emulated_batch if weighted is not None else None
         return Batches(worker, worker * self.sampler.num_workers, emulated,
-                       isinstance(noise, ExampleNoise))
+                       part(noise, ExampleNoise) is not None)
 
     # ------------------------------------------------------------------ state
 

@@ -88,7 +88,8 @@ def finish(job: Job, folder: Path, scores: dict[str, float]) -> None:
                "seconds": round(at.seconds, 3), "bad_steps": at.bad_steps, **digests,
                "ranks": world.size, "workers": job.sampler.num_workers,
                "worker_batch": job.batches.worker, "global_batch": job.batches.total,
-               "config_sha256": config_digest(job.config), "noise": job.config.noise.kind}
+               "config_sha256": config_digest(job.config),
+               "noise": " + ".join(each.kind for each in job.config.noise.each())}
     _write_facts(job, folder / "summary.json", summary)
     log.info("test accuracy %.4f (best %.4f) after %d steps and %.0f s; everything is in %s",
              scores["test_accuracy"], at.best_accuracy, at.step, at.seconds, folder)

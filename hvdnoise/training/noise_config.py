@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Literal, Mapping
 
 from hvdnoise.noise.base import Noise, check_noise
+from hvdnoise.noise.composed import compose
 from hvdnoise.noise.registry import find, kinds, make_noise, noise_options, supplied
 from hvdnoise.noise.signature import REQUIRED, Option, summary
 from hvdnoise.training.errors import ConfigError
@@ -27,18 +28,25 @@ class NoiseConfig:
     Args:
         kind: none, or the name of a registered noise.
         options: those given, by name; or each as an argument of its own.
+        also: further noises that act at the same time, in other places.
     """
 
     kind: str
     options: tuple[tuple[str, Any], ...]
+    also: tuple[NoiseConfig, ...]
 
     def __init__(self, kind: str = "none", options: Mapping[str, Any] | Iterable[tuple[str, Any]]
-                 = (), **more: Any) -> None:
+                 = (), *, also: Iterable[Mapping[str, Any] | NoiseConfig] | None = None,
+                 **more: Any) -> None:
         given = {name: tuple(value) if isinstance(value, list) else value
                  for name, value in {**dict(options), **more}.items() if value is not None}
         object.__setattr__(self, "kind", kind)
         object.__setattr__(self, "options", tuple(sorted(given.items())))
+        object.__setattr__(self, "also", tuple(
+            each if isinstance(each, NoiseConfig) else NoiseConfig(**each) for each in also or ()))
         self._check(given)
+        if self.also and "none" in [each.kind for each in self.each()]:
+            raise ConfigError("noise.also: one of several noises is none: leave it out")
 
     def _check(self, given: dict[str, Any]) -> None:
         if self.kind not in ("none", *kinds()):
@@ -62,14 +70,20 @@ class NoiseConfig:
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}: no registered "
                              "noise has such an option")
 
+    def each(self) -> tuple[NoiseConfig, ...]:
+        """This noise, and those that act at the same time."""
+        return self, *self.also
+
     def __repr__(self) -> str:
-        return "NoiseConfig(" + ", ".join(
-            f"{name}={value!r}" for name, value in (("kind", self.kind), *self.options)) + ")"
+        also = [("also", list(self.also))] if self.also else []
+        return "NoiseConfig(" + ", ".join(f"{name}={value!r}" for name, value in (
+            ("kind", self.kind), *self.options, *also)) + ")"
 
     def settings(self) -> dict[str, Any]:
         """Kind and options by name, None where not given: those of its kind, and `ALWAYS`."""
         takes = dict.fromkeys((*ALWAYS, *settings_of(self.kind)))
-        return {"kind": self.kind, **takes, **dict(self.options)}
+        also = {"also": [{"kind": each.kind, **dict(each.options)} for each in self.also]}
+        return {"kind": self.kind, **takes, **dict(self.options), **(also if self.also else {})}
 
     def build(self, *, seed: int, batch_size: int, total_steps: int) -> Noise | None:
         """The noise, or None; batch_size: examples per worker and step.
@@ -77,6 +91,11 @@ class NoiseConfig:
         Raises:
             ValueError: for a value outside what the noise takes, or one that is missing.
         """
+        built = [each._build(seed=seed, batch_size=batch_size, total_steps=total_steps)
+                 for each in self.each()]
+        return compose([noise for noise in built if noise is not None])
+
+    def _build(self, *, seed: int, batch_size: int, total_steps: int) -> Noise | None:
         options = dict(self.options)
         final = options.pop("final", None)
         for name, option in noise_options(self.kind).items():
@@ -107,11 +126,14 @@ class NoiseConfig:
             ("kind", Literal[("none", *kinds())], dataclasses.field(default="none"))]
         fields += [(name, _hint(options, chosen), dataclasses.field(default=None))
                    for name, options in takers.items()]
+        fields.append(("also", list[dict[str, Any]] | None, dataclasses.field(default=None)))
         made = dataclasses.make_dataclass(cls.__name__, fields, frozen=True)
         about = "; ".join(f"{kind}: {summary(find(kind)).rstrip('.')}" for kind in kinds())
         made.__doc__ = "\n".join([
             (cls.__doc__ or "").split("\n")[0], "", "Args:", f"    kind: {about}.",
-            *(f"    {name}: {_explained(options)}" for name, options in takers.items())])
+            *(f"    {name}: {_explained(options)}" for name, options in takers.items()),
+            "    also: further noises that act in other places, each as {kind: ..., ...}; in a "
+            "file noise may be a list of them."])
         return made
 
 

@@ -36,7 +36,7 @@ def parse(kind: type[T], arguments: Sequence[str], *, program: str, positional: 
     Raises:
         ConfigError: for anything that is no right setting by itself.
     """
-    arguments = _with_lists(arguments)
+    arguments = _with_several_noises(_with_lists(arguments))
     plugins.load(_plugins(kind, arguments))
     with _one_line_errors(kind):
         arguments = _with_values(kind, arguments)
@@ -65,6 +65,7 @@ def from_file(kind: type[T], path: Path, *, program: str, without: Sequence[str]
             raise ValueError(f"{path} cannot be read: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} holds no settings")
+        values = _several_noises(values)
         kept = {key: value for key, value in values.items() if key not in without}
         return _build(kind, _parser(kind, _schema(kind), program).parse_object(kept))
 
@@ -132,6 +133,34 @@ def _with_lists(arguments: Sequence[str]) -> list[str]:
             argument = json.dumps([each.strip() for each in argument.split(",")])
         full.append(argument)
     return full
+
+
+def _with_several_noises(arguments: Sequence[str]) -> list[str]:
+    """A file whose noise is a list is given as its text, in the form that the settings have."""
+    full: list[str] = []
+    for argument in arguments:
+        flag, given, value = argument.partition("=")
+        if full and full[-1] == "--config" or given and flag == "--config":
+            values = None
+            with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+                values = yaml.safe_load(Path(value if given else argument).read_text())
+            if isinstance(values, dict) and isinstance(values.get("noise"), list):
+                text = yaml.safe_dump(_several_noises(values))
+                argument = f"{flag}={text}" if given else text
+        full.append(argument)
+    return full
+
+
+def _several_noises(values: dict[str, Any]) -> dict[str, Any]:
+    """``noise: [a, b]`` means ``noise: {..a, also: [b]}``."""
+    noises = values.get("noise")
+    if not isinstance(noises, list):
+        return values
+    if not all(isinstance(each, dict) for each in noises):
+        raise ConfigError(f"noise={noises} is wrong: give a list of groups such as "
+                          "{kind: gnc, radius: 0.1}")
+    first, *rest = noises or [{}]
+    return {**values, "noise": {**first, "also": rest} if rest else first}
 
 
 def _plugins(kind: type, arguments: Sequence[str]) -> list[str]:

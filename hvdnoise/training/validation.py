@@ -89,15 +89,16 @@ def _check_noise(config: TrainConfig, size: int) -> None:
            mixes=noise is not None and noise.mixes)
     if noise is None:
         return
-    kind = config.noise.kind
+    kind = " + ".join(each.kind for each in config.noise.each())
     require(workers >= noise.min_workers, "noise.kind", kind,
             f"it needs at least {noise.min_workers} workers and there is {workers} ({size} rank x "
             f"virtual_workers={config.virtual_workers}); set virtual_workers=2 or more, or start "
             "more ranks")
-    emulated = config.noise.emulated_batch
-    require(emulated is None or emulated <= batch * workers, "noise.emulated_batch", emulated,
-            f"the batch of all workers is {batch * workers}, and noise can only emulate a smaller "
-            "one; lower it, or raise the batch")
+    for each in config.noise.each():
+        emulated = each.emulated_batch
+        require(emulated is None or emulated <= batch * workers, "noise.emulated_batch", emulated,
+                f"the batch of all workers is {batch * workers}, and noise can only emulate a "
+                "smaller one; lower it, or raise the batch")
     require(noise.lag != 0 or config.precision != "fp16", "noise.lag", noise.lag,
             "it does not go with precision=fp16 (a step of two passes cannot be scaled); use bf16 "
             "or lag 1")

@@ -87,6 +87,8 @@ KINDS = {
     "diagonal examples": ["--noise.kind", "covariance", "--noise.emulated_batch", "2",
                           "--noise.structure", "diagonal", "--noise.source", "examples",
                           "--noise.labels", "sampled", "--noise.every", "3", "--precision", "bf16"],
+    "gnc and layerwise": [*GNC, "--noise.also", json.dumps([
+        {"kind": "covariance", "structure": "diagonal", "emulated_batch": 2, "every": 3}])],
     "bf16 ema": [*GNC, "--precision", "bf16", "--ema", "0.9", "--label_smoothing", "0.1"],
     "fp16": [*GNC, "--precision", "fp16"],
     "adamw": [*GNC, "--optim.name", "adamw", "--optim.lr", "0.001"],

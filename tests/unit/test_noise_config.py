@@ -19,6 +19,7 @@ from hvdnoise.noise.base import Schedule, StepContext, WorkerNoise
 from hvdnoise.noise.full_workers import FullWorkerCovariance
 from hvdnoise.training.config import ConfigError, NoiseConfig, TrainConfig, flatten, nested
 from hvdnoise.training.options import parse
+from hvdnoise.training.validation import validate
 from tests.noises import forgotten_afterwards
 
 OLD_KEYS = {f"noise.{name}" for name in ("kind", "source", "radius", "lr", "relative", "final",
@@ -186,3 +187,46 @@ def test_gnc_as_ever() -> None:
     assert isinstance(noise, GNC)
     assert (noise.scale, noise.size, noise.source, noise.lag, noise.seed) == (
         "lr", 2.0, "gathered", 2, 9)
+
+
+TWO = """
+noise:
+- {kind: gnc, radius: 0.1}
+- {kind: covariance, structure: diagonal, emulated_batch: 8, every: 3}
+virtual_workers: 2
+"""
+
+
+def test_a_list_is_several_noises(tmp_path: Path) -> None:
+    path = tmp_path / "two.yaml"
+    path.write_text(TWO)
+    for config in (settings("--config", str(path)), settings(f"--config={path}")):
+        assert config == NoiseConfig("gnc", radius=0.1, also=[
+            {"kind": "covariance", "structure": "diagonal", "emulated_batch": 8, "every": 3}])
+    noise: Any = config.build(seed=4, batch_size=8, total_steps=1)
+    assert [type(each).__name__ for each in noise.parts] == ["GNC", "DiagonalCovariance"]
+    assert [each.seed for each in noise.parts] == [4, 4] and noise.parts[1].batch_size == 8
+    path.write_text(yaml.safe_dump(nested(dataclasses.replace(TrainConfig(), noise=config))))
+    assert settings("--config", str(path)) == config  # what a run writes
+    path.write_text("noise: [{kind: gnc, radius: 0.1}]")
+    assert settings("--config", str(path)) == NoiseConfig("gnc", radius=0.1)
+    assert settings("--config", str(path), "--noise.radius", "0.3") == NoiseConfig(
+        "gnc", radius=0.3)
+
+
+@pytest.mark.parametrize("text, says", [
+    ("[{kind: gnc, radius: 0.1}, 3]", "give a list of groups"),
+    ("[{kind: gnc, radius: 0.1}, {kind: gcn}]", "noise.kind=gcn is wrong"),
+    ("[{kind: gnc, radius: 0.1}, {kind: none}]", "one of several noises is none"),
+    ("[{kind: gnc, radius: 0.1}, {kind: covariance, radius: 2}]", "noise.radius=2 does not go"),
+    ("[{kind: gnc, radius: 0.1}, {kind: sam, radius: 2}]", "both act on the weights"),
+    ("[{kind: gnc, radius: 0.1}, {kind: covariance, emulated_batch: 999999}]",
+     "changes the mean that the second takes"),
+    ("[{kind: gnc, radius: 0.1}, {kind: covariance, structure: layerwise, emulated_batch: 9999}]",
+     "noise.emulated_batch=9999")])
+def test_noises_that_are_wrong_together(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(f"noise: {text}\nvirtual_workers: 2\n")
+    with pytest.raises(ConfigError, match=re.escape(says)) as caught:
+        validate(parse(TrainConfig, ["--config", str(path)], program="hvdnoise train"), 1)
+    assert "\n" not in str(caught.value)
