@@ -182,4 +182,5 @@ NOISES: dict[str, Any] = {
     "isotropic": lambda: CovarianceNoise("isotropic", 3),
     "layerwise": lambda: CovarianceNoise("layerwise", 3),
     "diagonal": lambda: CovarianceNoise("diagonal", 3),
-    "diagonal-examples": lambda: CovarianceNoise("diagonal", 3, source="examples")}
+    "diagonal-examples": lambda: CovarianceNoise("diagonal", 3, source="examples"),
+    "diagonal-with-gnc": lambda: [GNC(0.4), CovarianceNoise("diagonal", 3)]}
