@@ -121,6 +121,7 @@ class Noise(ABC):
             mixture of all deviations.
         lag: for how many steps the observation is kept.
         every: it observes in every n-th step only, and where it keeps nothing yet.
+        keeps_sums: whether the sums of an observation become what it keeps in its state.
         min_workers: the fewest that it can be estimated from.
     """
 
@@ -130,6 +131,7 @@ class Noise(ABC):
     rows: Literal["gradients", "deviations", "mixtures"] | None = None
     lag: int = 1
     every: int = 1
+    keeps_sums: bool = False
     min_workers: int = 1
 
     def __init__(self, *, seed: int = 0) -> None:
@@ -159,10 +161,12 @@ class Noise(ABC):
 
     def statistics_bytes(self, layout: Layout) -> int:
         """Bytes that are summed over the ranks in a step, on average: statistics, and examples."""
-        if self.statistics is None:
-            return 0
-        sums = sum(self.statistics.new(bucket, "meta").nbytes for bucket in layout.buckets)
-        return 8 + sums // self.every
+        return 8 + self.sums_bytes(layout) // self.every if self.statistics is not None else 0
+
+    def sums_bytes(self, layout: Layout) -> int:
+        """Bytes of the statistics of one observation."""
+        return 0 if self.statistics is None else sum(
+            self.statistics.new(bucket, "meta").nbytes for bucket in layout.buckets)
 
     def describe(self) -> dict[str, Any]:
         """What must be equal on all ranks."""

@@ -40,6 +40,7 @@ class DiagonalCovariance(EqualTraceNoise):
     """
 
     statistics = Statistics(elementwise=True)
+    keeps_sums = True
 
     def __init__(self, emulated_batch: int, *, decay: float = 0.95, every: int = 2,
                  trace: float | str = "own", batch_size: int | None = None, seed: int = 0) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hvdnoise.buckets import Layout, default_layout
 from hvdnoise.exchange_plan import Shape
-from hvdnoise.noise.base import MeanObservingNoise, Noise, WeightNoise, part
+from hvdnoise.noise.base import MeanObservingNoise, Noise, WeightNoise, part, parts_of
 from hvdnoise.planning.config import PlanConfig
 from hvdnoise.plans import Choice, choose
 from hvdnoise.training import models
@@ -106,7 +106,9 @@ def noise_memory(noise: Noise | None, layout: Layout, V: int) -> int:
     forward = kept + past + displaced + (rows if V > 1 and noise.lag > 0 else 0)
     end = kept + bool(kept) + rows + (past if noise.lag > 0 else 0)
     nbytes = sum(bucket.size * bucket.dtype.itemsize for bucket in layout.buckets)
-    return max(forward, end) * nbytes + (noise.lag + 1) * noise.statistics_bytes(layout)
+    sums = sum(each.sums_bytes(layout) * (1 + each.keeps_sums if each.rows is None else
+                                          each.lag + 1) for each in parts_of(noise))
+    return max(forward, end) * nbytes + sums
 
 
 def shape(config: PlanConfig, parameters: int, statistics_bytes: int = 0) -> Shape:

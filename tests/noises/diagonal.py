@@ -29,6 +29,7 @@ class Diagonal(EmulatedBatchNoise, MeanNoise, ObservingNoise):
     """
 
     statistics = Statistics(elementwise=True)
+    keeps_sums = True
     min_workers = 2
 
     def __init__(self, emulated_batch: int, *, decay: float = 0.9, batch_size: int | None = None,

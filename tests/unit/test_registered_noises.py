@@ -17,8 +17,9 @@ from torch import Tensor
 
 from hvdnoise import make_noise, streams
 from hvdnoise.bench import variants
+from hvdnoise.buckets import default_layout
 from hvdnoise.planning.config import read
-from hvdnoise.planning.outline import outline
+from hvdnoise.planning.outline import noise_memory, outline
 from hvdnoise.planning.report import predict
 from hvdnoise.plans import PLANS
 from hvdnoise.training import plugins
@@ -238,6 +239,18 @@ def test_a_checkpoint_holds_the_running_mean_and_nothing_more() -> None:
     mean_P, weight = state["kept"]["values"].values()
     assert mean_P.shape == (P,) and weight == pytest.approx(1 - 0.7 ** 2)
     assert memory == 2 * P * 8 + P * 8 + P * 8  # the rows, the sums, and what is kept
+
+
+@pytest.mark.parametrize("V", [1, 2])
+@pytest.mark.parametrize("kind", ["diagonal-example", "diagonal-every", "diagonal-examples"])
+def test_the_plan_knows_the_memory(kind: str, V: int) -> None:
+    def work(world: ThreadWorld) -> tuple[int, int]:
+        model, optimizer = build(world, make(kind), V=V)
+        train(model, optimizer, 4, b=B)
+        layout = default_layout(list(model.named_parameters()))
+        return optimizer.noise_memory, noise_memory(optimizer.noise, layout, V)
+    for found, expected in run_threads(2, work):
+        assert found == expected
 
 
 def test_statistics_count_in_the_plan_and_the_bench() -> None:
