@@ -118,6 +118,7 @@ class NoiseState:
         # as of the last step that was taken
         self._before: tuple[dict[str, Any], str | None] = self._kept, self._kept_of
         self._last_examples = 0
+        self._counts = False  # the examples of the calls
         self._from_examples = ExampleStatistics()  # for a noise that sees examples
         self._weighed = False  # what the next backward pass comes from
         self.forget_passes()
@@ -125,9 +126,9 @@ class NoiseState:
     def watch_model(self, terms: weakref.WeakMethod[Any], names: dict[Tensor, str], *,
                     in_eval: bool) -> None:
         """Have the calls of the model's modules watched, if the noise needs to know of them."""
-        counts = any(not getattr(each, "batch_size", None) for each in (self._worker, self._mean)
-                     if each is not None)
-        if counts or self._weights is not None:
+        self._counts = any(not getattr(each, "batch_size", None)
+                           for each in (self._worker, self._mean) if each is not None)
+        if self._counts or self._weights is not None:
             self.watch = ModelWatch(terms, names, displaces=self._weights is not None,
                                     in_eval=in_eval)
 
@@ -331,21 +332,18 @@ class NoiseState:
 
     def end_pass(self, *, counts: bool, in_pass: bool = True) -> None:
         """A backward pass is through; ``counts``: it was one of the step."""
+        shown, self._from_examples.count_of_pass = self._from_examples.count_of_pass, None
         if self.watch is None:
-            self._from_examples.count_of_pass = None
             return
-        if counts and (self._worker is not None or self._mean is not None):
-            self._examples[-1].append(self.watch.examples(repeated=in_pass))
-            self._check_count(self._examples[-1][-1])
+        if counts and self._counts:
+            examples = self.watch.examples(repeated=in_pass)
+            self._examples[-1].append(examples)
+            if shown is not None and examples > 0 and examples != shown:
+                raise ValueError(f"observe_examples() was given {shown} examples and the forward "
+                                 f"had {examples}: give it the whole batch of the pass")
         self.watch.end_pass()
         if self._weights is not None:
             self._weights.warn(self.watch)
-
-    def _check_count(self, examples: int) -> None:
-        shown, self._from_examples.count_of_pass = self._from_examples.count_of_pass, None
-        if shown is not None and examples > 0 and examples != shown:
-            raise ValueError(f"observe_examples() was given {shown} examples and the forward had "
-                             f"{examples}: give it the whole batch of the pass")
 
     def end_worker(self) -> None:
         """The next pass is another worker's."""

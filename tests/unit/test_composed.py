@@ -158,6 +158,19 @@ def test_a_scaled_loss_changes_nothing() -> None:
     assert relative_error(scaled, plain) < 1e-12
 
 
+def test_a_given_batch_size_needs_no_count() -> None:
+    """Calls of several sizes in a pass, which GNC alone takes."""
+    def work(world: ThreadWorld) -> None:
+        model, optimizer = build(world, [GNC(0.1), covariance("layerwise", batch_size=4)], V=2)
+        for _ in range(2):
+            optimizer.zero_grad()
+            for _ in optimizer.workers:
+                loss = sum(model(torch.ones(n, 3, dtype=torch.float64)).sum() for n in (4, 2))
+                loss.backward()
+            optimizer.step()
+    run_threads(1, work)
+
+
 def test_one_of_a_list_is_itself() -> None:
     noise = GNC(0.1)
     assert compose([noise]) is noise and compose([]) is None and compose(None) is None
