@@ -87,9 +87,10 @@ class StepRunner:
         if self._under_way or self.reduced:
             raise RuntimeError("observe_examples() after the step's backward passes: call it "
                                "before the backward pass of its examples, and after zero_grad()")
-        self.prepare()
-        self.noise.observe_examples(self.parameters.layout, self.parameters.names, arguments,
-                                    divmod(self.done, self.per_worker))
+        if self.noise.sees_examples:
+            self.prepare()
+            self.noise.observe_examples(self.parameters.layout, self.parameters.names, arguments,
+                                        divmod(self.done, self.per_worker))
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
