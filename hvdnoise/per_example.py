@@ -28,19 +28,24 @@ def check_model(model: nn.Module, parameters: list[Tensor], names: dict[Tensor, 
     """The model's names of these parameters.
 
     Raises:
-        ValueError: for parameters that are not the model's, and for batch statistics.
+        ValueError: for parameters that are not the model's, and as `check_statistics`.
     """
+    check_statistics(model)
     found: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     if strange := [p for p in parameters if p not in found]:
         raise ValueError(f"observe_examples: {names[strange[0]]} is no parameter of this "
                          f"{type(model).__name__}: pass the model that the optimizer trains")
+    return {p: found[p] for p in parameters}
+
+
+def check_statistics(model: nn.Module) -> None:
+    """Raise a ValueError where examples have no gradients of their own."""
     for name, module in model.named_modules():
         if isinstance(module, _NormBase) and (module.training if module.track_running_stats else
                                               isinstance(module, nn.modules.batchnorm._BatchNorm)):
             raise ValueError(f"{name or 'the model'} ({type(module).__name__}) computes its "
                              "statistics over the batch, so that no example has a gradient of its "
                              "own: take source=\"workers\", or a model with GroupNorm")
-    return {p: found[p] for p in parameters}
 
 
 def example_gradients(names: dict[Tensor, str], model: nn.Module, losses_of: LossesOf,

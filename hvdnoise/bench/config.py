@@ -12,7 +12,7 @@ from hvdnoise.bench import measure, models
 from hvdnoise.bench.variants import Variant, names, parse
 from hvdnoise.noise import Noise
 from hvdnoise.training.config import ConfigError
-from hvdnoise.training.validation import require, require_device
+from hvdnoise.training.validation import require, require_device, require_folder
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,7 @@ def _check_places(config: BenchConfig) -> None:
             f"this host has {', '.join(known)}")
     require_device(config.device)
     if config.out is not None:
-        folder = Path(config.out)
-        require(folder.is_dir() or not folder.exists(), "out", folder, "it is not a folder")
-        require(config.overwrite or not (folder / "bench.json").exists(), "out", folder,
-                "it holds a benchmark already; give a new one, or --overwrite to replace it")
+        require_folder(Path(config.out), "bench.json", "a benchmark", overwrite=config.overwrite)
 
 
 def _variants(config: BenchConfig, ranks: int) -> list[Variant]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hvdnoise.per_example import check_model
+from hvdnoise.per_example import check_statistics
 from hvdnoise.training import models
 
 NUM_CLASSES = 10
@@ -87,7 +87,7 @@ def check(name: str, image_size: int) -> None:
 
 def check_examples(name: str, image_size: int) -> None:
     """Raise a ValueError when the model's examples have no gradients of their own."""
-    check_model(models.outline(name, NUM_CLASSES, (3, image_size, image_size)), [], {})
+    check_statistics(models.outline(name, NUM_CLASSES, (3, image_size, image_size)))
 
 
 def make(name: str, *, batch_size: int, image_size: int, compute_seconds: float, seed: int,

@@ -14,6 +14,7 @@ from typing import Any, Sequence
 
 from hvdnoise.bench.measure import LEAST_SEEN
 from hvdnoise.training.records import write_text
+from hvdnoise.training.results import table
 
 Spread = dict[str, float]
 
@@ -76,18 +77,8 @@ _HEADS = ("variant", "plan", "ms per step", "x plain", "MB received", "x 4P", "p
 
 def text(record: dict[str, Any]) -> str:
     """What was measured, where and how, as Markdown that reads well on a terminal."""
-    return "\n".join([*_where(record), "", *_table(record["results"]), "", *_notes(record)])
-
-
-def _table(rows: list[dict[str, Any]]) -> list[str]:
-    cells = [_HEADS, *(_cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(_HEADS))]
-    lines = ["| " + " | ".join(
-        cell.ljust(width) if column < 2 else cell.rjust(width)
-        for column, (cell, width) in enumerate(zip(line, widths))) + " |" for line in cells]
-    rule = "|".join("-" * (width + 2) if column < 2 else "-" * (width + 1) + ":"
-                    for column, width in enumerate(widths))
-    return [lines[0], f"|{rule}|", *lines[1:]]
+    cells = [_HEADS, *(_cells(row) for row in record["results"])]
+    return "\n".join([*_where(record), "", *table(cells, left=2), "", *_notes(record)])
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

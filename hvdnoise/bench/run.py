@@ -24,6 +24,7 @@ from hvdnoise.bench.variants import Variant
 from hvdnoise.training.config import ConfigError, flatten
 from hvdnoise.training.progress import log
 from hvdnoise.training.records import versions
+from hvdnoise.training.results import make_folder
 
 _HOROVOD_SETTINGS = ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS", "HOROVOD_CYCLE_TIME",
                      "HOROVOD_FUSION_THRESHOLD", "HOROVOD_CACHE_CAPACITY")
@@ -39,7 +40,7 @@ def run(config: BenchConfig, variants: list[Variant], world: comm.World, device:
     if count > 1 and interface == "lo":
         raise ConfigError(f"the ranks are on {count} hosts, and interface lo connects none: name "
                           "the network's with --interface (horovodrun: --network-interface)")
-    _make_folder(config, world)
+    make_folder(None if config.out is None else Path(config.out), world)
     record: dict[str, Any] = {
         "command": sys.argv, "time": datetime.now(timezone.utc).isoformat("T", "seconds"),
         "settings": flatten(config), "versions": versions(), "ranks": world.size,
@@ -62,19 +63,6 @@ def run(config: BenchConfig, variants: list[Variant], world: comm.World, device:
             say(world, f"written to {config.out}")
     world.barrier("bench.end")
     return 0
-
-
-def _make_folder(config: BenchConfig, world: comm.World) -> None:
-    """Rank 0 makes it now, not after an hour; all ranks hear when that fails."""
-    failed = None
-    if world.rank == 0 and config.out is not None:
-        try:
-            Path(config.out).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            failed = str(error)
-    failed = world.gather_json(failed, name="bench.folder")[0]
-    if failed:
-        raise ConfigError(f"out={config.out} cannot be made: {failed}")
 
 
 def launcher() -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hvdnoise.training.validation import require, require_device
+from hvdnoise.training.validation import require, require_device, require_folder
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,4 @@ def validate(config: MeasureConfig) -> None:
         require(0 <= level < math.inf, "levels", list(config.levels),
                 f"{level} is no size of noise; give finite numbers >= 0")
     require_device(config.device)
-    folder = config.folder
-    require(folder.is_dir() or not folder.exists(), "out", folder, "it is not a folder")
-    require(config.overwrite or not (folder / "measure.json").exists(), "out", folder,
-            "it holds a measurement already; give a new one, or --overwrite to replace it")
+    require_folder(config.folder, "measure.json", "a measurement", overwrite=config.overwrite)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from hvdnoise.training.records import write_text
+from hvdnoise.training.results import finite
 
 
 def lines(record: dict[str, Any]) -> list[str]:
@@ -43,21 +43,12 @@ def write(record: dict[str, Any], folder: Path) -> None:
     Raises:
         OSError: when they cannot be written.
     """
-    clean = _finite(record)
+    clean = finite(record)
     for name, draw in (("line", _line), ("plane", _plane), ("noise", _noise)):
         (folder / f"{name}.png").unlink(missing_ok=True)
         if clean[name]:
             _figure(draw, clean, folder / f"{name}.png")
     write_text(folder / "measure.json", json.dumps(clean, indent=1, allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: what is no finite number is null."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _figure(draw: Any, record: dict[str, Any], path: Path) -> None:

@@ -22,6 +22,7 @@ from hvdnoise.training import data, rerun
 from hvdnoise.training.config import ConfigError, TrainConfig, flatten
 from hvdnoise.training.progress import log
 from hvdnoise.training.records import versions, weights_digest
+from hvdnoise.training.results import make_folder
 from hvdnoise.training.runfolder import call_or_raise
 
 T = TypeVar("T")
@@ -42,7 +43,7 @@ def run(config: MeasureConfig, trained: TrainConfig, weights: Path, world: World
     train, test = call_or_raise(world, lambda: _problems(config, trained, weights, world, device))
     before = weights_digest(train.model.state_dict())
     start = _start(train, test)
-    _make_folder(config.folder, world)
+    make_folder(config.folder, world)
     log.info("%d weights; train loss %.4f  accuracy %.4f on %d images; test accuracy %.4f on %d",
              train.size, start["loss"], start["accuracy"], train.count, start["test_accuracy"],
              test.count)
@@ -115,15 +116,3 @@ def _start(train: Problem, test: Problem) -> dict[str, float]:
                           "give another --checkpoint")
     return {"loss": loss, "accuracy": accuracy, "test_loss": test_loss,
             "test_accuracy": test_accuracy}
-
-
-def _make_folder(folder: Path, world: World) -> None:
-    """Rank 0 makes it before the work, so that a wrong one costs nothing."""
-    def make() -> None:
-        if world.rank == 0:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(f"out={folder} cannot be made ({error}): give another one"
-                                  ) from error
-    call_or_raise(world, make)

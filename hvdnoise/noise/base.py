@@ -372,6 +372,22 @@ def check_scale(name: str, value: Schedule) -> Schedule:
     return value
 
 
+def check_share(name: str, value: float) -> float:
+    """Refuse a number outside 0 <= value < 1."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and 0 <= value < 1):
+        raise ValueError(f"{name}={value!r} must be a number of at least 0 and less than 1")
+    return value
+
+
+def known_rate(rate: float | None, follows: str, remedy: str) -> float:
+    """A parameter's learning rate; refuse an optimizer that has none for what follows it."""
+    if rate is None:
+        raise ValueError(f"{follows} follows the learning rate, and the optimizer has none: give "
+                         f"its groups an lr{remedy}")
+    return float(rate)
+
+
 def square_norm(part: Tensor) -> Tensor:
     """(1,) float64: the sum of the squares."""
     dtype = torch.promote_types(part.dtype, torch.float32)

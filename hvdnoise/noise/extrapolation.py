@@ -25,6 +25,7 @@ from hvdnoise.noise.base import (
     WeightNoise,
     at_step,
     check_scale,
+    known_rate,
 )
 
 
@@ -50,11 +51,5 @@ class Extrapolation(WeightNoise):
                      learning_rates: Sequence[float | None], observation: Observation,
                      context: StepContext) -> tuple[Tensor, list[float]]:
         size = at_step(self.lr, context.step)
-        return observation.rows[bucket.index][v], [-size * _known(rate) for rate in learning_rates]
-
-
-def _known(rate: float | None) -> float:
-    if rate is None:
-        raise ValueError("Extrapolation follows the learning rate, and the optimizer has none: "
-                         "give its groups an lr")
-    return float(rate)
+        return observation.rows[bucket.index][v], [-size * known_rate(rate, "Extrapolation", "")
+                                                   for rate in learning_rates]

@@ -53,6 +53,7 @@ from hvdnoise.noise.base import (
     StepContext,
     at_step,
     check_scale,
+    known_rate,
     square_norm,
     square_norms,
 )
@@ -135,7 +136,8 @@ class GNC(MixingNoise, ObservingNoise):
         size = at_step(self.size, context.step)
         rates = [1.0] * len(clean)
         if self.scale == "lr":
-            rates = [_known(rate) for rate in learning_rates]
+            rates = [known_rate(rate, "GNC(lr=...)", ", or use radius= or relative=")
+                     for rate in learning_rates]
         if self.statistics is None:  # lr
             sign = -1.0 if self.source == "own" else 1.0
             return [sign * size * rate for rate in rates]
@@ -159,10 +161,3 @@ class GNC(MixingNoise, ObservingNoise):
             factors.append({"own": -s, "gathered": s}.get(
                 self.source, s * math.sqrt(share / count / number)))
         return factors
-
-
-def _known(rate: float | None) -> float:
-    if rate is None:
-        raise ValueError("GNC(lr=...) follows the learning rate, and the optimizer has none: give "
-                         "its groups an lr, or use radius= or relative=")
-    return float(rate)

@@ -30,7 +30,7 @@ class LayerwiseCovariance(EqualTraceNoise):
         out += square_norms(deviations_Kn, bucket, start)
 
     def mean_noise(self, bucket: Bucket, observation: Observation, context: StepContext) -> Tensor:
-        estimate = self.examples(context) / (context.num_workers - 1)
+        estimate = self.estimate(observation, context)
         trace = estimate * sum(float(each.sum()) for each in observation.statistics.values())
         factor = self.missing_variance(context) * estimate * self.scaled(trace, trace)
         noise_N = streams.normal(bucket.size, self.seed, "layerwise", context.step, bucket.index,

@@ -26,6 +26,7 @@ from hvdnoise.noise.base import (
     WeightNoise,
     at_step,
     check_scale,
+    check_share,
     square_norm,
 )
 
@@ -60,11 +61,3 @@ class MomentumSAM(WeightNoise, MeanObservingNoise):
                              for each in observation.layout.buckets))
         factor = -at_step(self.radius, context.step) / norm if norm > 0 else 0.0
         return context.state[bucket.key], [factor] * len(clean)
-
-
-def check_share(name: str, value: float) -> float:
-    """Refuse a number outside 0 <= value < 1."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and 0 <= value < 1):
-        raise ValueError(f"{name}={value!r} must be a number of at least 0 and less than 1")
-    return value

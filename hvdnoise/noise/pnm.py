@@ -21,8 +21,7 @@ import math
 from torch import Tensor
 
 from hvdnoise.buckets import Bucket
-from hvdnoise.noise.base import MeanObservingNoise, StepContext
-from hvdnoise.noise.momentum_sam import check_share
+from hvdnoise.noise.base import MeanObservingNoise, StepContext, check_share
 
 
 class PNM(MeanObservingNoise):

@@ -40,18 +40,17 @@ class Case:
 
 
 def _covariance(structure: str, source: str) -> Case:
+    pair = structure, source
+    options = {"decay": DECAY, "every": EVERY} if pair == ("diagonal", "examples") else {}
+
     def noise(problem: Problem, seed: int) -> Noise:
         return CovarianceNoise(structure, problem.emulated_batch, source=source,
-                               batch_size=problem.batch_size, seed=seed)
-    if source == "examples" and structure == "diagonal":
-        return Case(f"{structure}-{source}",
-                    lambda problem, seed: CovarianceNoise(
-                        structure, problem.emulated_batch, source=source, seed=seed,
-                        batch_size=problem.batch_size, decay=DECAY, every=EVERY),
-                    lambda problem: ExamplesDiagonalLaw(problem, DECAY, EVERY))
-    if source == "examples":
-        return Case(f"{structure}-{source}", noise, ExamplesLaw)
-    return Case(f"{structure}-{source}", noise, lambda problem: CovarianceLaw(problem, structure))
+                               batch_size=problem.batch_size, seed=seed, **options)
+    laws: dict[tuple[str, str], Callable[[Problem], Law]] = {
+        ("full", "examples"): ExamplesLaw,
+        ("diagonal", "examples"): lambda problem: ExamplesDiagonalLaw(problem, DECAY, EVERY)}
+    return Case(f"{structure}-{source}", noise,
+                laws.get(pair, lambda problem: CovarianceLaw(problem, structure)))
 
 
 def _gnc(source: str, structure: str) -> Case:

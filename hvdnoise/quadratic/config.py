@@ -12,7 +12,7 @@ from hvdnoise.quadratic.cases import Case, known
 from hvdnoise.quadratic.problem import Problem
 from hvdnoise.quadratic.theory import growth
 from hvdnoise.training.config import ConfigError
-from hvdnoise.training.validation import require
+from hvdnoise.training.validation import require, require_folder
 
 WORKERS = 8
 FILE = "quadratic.json"
@@ -99,10 +99,7 @@ def validate(config: QuadraticConfig, ranks: int) -> list[Case]:
             f"{config.batch_size}), or a larger batch_size")
     _check_stable(config, problem, cases)
     if config.out is not None:
-        folder = Path(config.out)
-        require(folder.is_dir() or not folder.exists(), "out", folder, "it is not a folder")
-        require(config.overwrite or not (folder / FILE).exists(), "out", folder, "it holds such "
-                "results already; give a new one, or --overwrite to replace them")
+        require_folder(Path(config.out), FILE, "such results", overwrite=config.overwrite)
     require(config.out is not None or not config.overwrite, "overwrite", "true",
             "it goes with --out")
     return cases

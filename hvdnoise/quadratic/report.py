@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -14,17 +13,12 @@ from hvdnoise.quadratic.checks import Check
 from hvdnoise.quadratic.config import FILE
 from hvdnoise.quadratic.problem import COPIES, HESSIAN, SIZES, Problem
 from hvdnoise.training.records import write_text
+from hvdnoise.training.results import finite, table
 
 Record = dict[str, Any]
 _HEADS = ("noise", "loss: theory", "measured", "momentum: theory", "measured", "noise: theory",
           "measured", "smoothing: theory", "measured", "intervals", "verdict")
 _COLUMNS = (("loss", False), ("loss", True), ("noise", False), ("smoothing", False))
-
-
-def finite(check: Record) -> Record:
-    """With None for what is not finite, which JSON does not have."""
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in check.items()}
 
 
 def facts(problem: Problem) -> Record:
@@ -92,7 +86,7 @@ def text(record: Record) -> str:
     lines = [f"{problem['workers']} workers on {record['ranks']} ranks, batch "
              f"{problem['batch']}, emulated batch {problem['emulated_batch']}, learning rate "
              f"{problem['learning_rate']:g}; {settings['replicas']} runs of {settings['steps']} "
-             f"steps; {record['seconds']:.0f} s", "", *_table([_HEADS, *_rows(record)]), "",
+             f"steps; {record['seconds']:.0f} s", "", *table([_HEADS, *_rows(record)]), "",
              "loss: E L over the steps; momentum: the same with momentum; noise: one step's "
              "increase; smoothing: of", "a cubic. Intervals hold the true means; a correct program "
              f"fails one command in {1 / settings['false_alarm']:.0f}."]
@@ -100,7 +94,7 @@ def text(record: Record) -> str:
         lines.append(f"not checked, no formula here: {', '.join(record['without_formula'])}")
     if record["frobenius"]:
         lines += ["", "Same trace, other structure: tr(A S), which is |A|_F^2 for full and "
-                  "|diag A|_F^2 for diagonal.", *_table([
+                  "|diag A|_F^2 for diagonal.", *table([
                       ("structure", "tr S", "tr(A S): theory", "measured"),
                       *((row["structure"], f"{row['trace']:.3f}", f"{row['theory']:.3f}",
                          f"{row['measured']:.3f} {_range(row)}") for row in record["frobenius"])])]
@@ -132,7 +126,7 @@ def _regression(record: Record) -> list[str]:
              f"{row['excess']:.4f}", f"{row['last_excess']:.4f}",
              "-" if row["steps"] is None else str(row["steps"])) for row in record["regression"]]
     lines = ["", "Regression in two dimensions: noise against the small batch's (trace; distance "
-             "in Frobenius norm), excess loss.", *_table([
+             "in Frobenius norm), excess loss.", *table([
                  ("way", "trace ratio", "distance", "mean excess", "at the end", "steps to 5%"),
                  *rows])]
     found = record["diagonal_faster"]
@@ -143,16 +137,6 @@ def _regression(record: Record) -> list[str]:
                   for when, gain in (("over all steps", found["mean"]),
                                      ("in the last third", found["end"]))]
     return lines
-
-
-def _table(cells: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    lines = ["| " + " | ".join(cell.rjust(width) if column else cell.ljust(width) for column,
-                               (cell, width) in enumerate(zip(line, widths))) + " |"
-             for line in cells]
-    rule = "|".join("-" * (width + 1) + ":" if column else "-" * (width + 2)
-                    for column, width in enumerate(widths))
-    return [lines[0], f"|{rule}|", *lines[1:]]
 
 
 def write(record: Record, folder: Path) -> None:

@@ -22,9 +22,10 @@ from hvdnoise.quadratic.cases import Case, without_formula
 from hvdnoise.quadratic.checks import Check
 from hvdnoise.quadratic.config import QuadraticConfig
 from hvdnoise.training import process
-from hvdnoise.training.config import ConfigError, flatten
+from hvdnoise.training.config import flatten
 from hvdnoise.training.progress import Progress, log
 from hvdnoise.training.records import versions
+from hvdnoise.training.results import finite, make_folder
 
 T = TypeVar("T")
 
@@ -34,7 +35,7 @@ def run(config: QuadraticConfig, cases: list[Case], world: comm.World) -> int:
 
     Collective. Every rank computes the same; rank 0 decides, prints and writes.
     """
-    _make_folder(config, world)
+    make_folder(None if config.out is None else Path(config.out), world)
     started = time.monotonic()
     bar = Progress(config.progress, rank=world.rank, total=_runs(config, cases), done=0)
     with _quietly():
@@ -47,7 +48,7 @@ def run(config: QuadraticConfig, cases: list[Case], world: comm.World) -> int:
         "threads": torch.get_num_threads(), "seconds": time.monotonic() - started,
         "problem": report.facts(config.problem(world.size)),
         "without_formula": without_formula(),
-        "checks": [report.finite(dataclasses.asdict(check)) for check in found],
+        "checks": finite([dataclasses.asdict(check) for check in found]),
         "frobenius": report.frobenius(config.problem(world.size), found),
         "regression": regression.results(paths) if paths else [],
         "diagonal_faster": regression.faster(paths) if paths else None}
@@ -129,16 +130,3 @@ def _forget() -> None:
     garbage (`hvdnoise.ordering`). This makes that quick: what is there now is not looked at."""
     gc.collect()
     gc.freeze()
-
-
-def _make_folder(config: QuadraticConfig, world: comm.World) -> None:
-    """Rank 0 makes it; all ranks hear when that fails."""
-    failed = None
-    if world.rank == 0 and config.out is not None:
-        try:
-            Path(config.out).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            failed = str(error)
-    failed = world.gather_json(failed, name="quadratic.folder")[0]
-    if failed:
-        raise ConfigError(f"out={config.out} cannot be made: {failed}")

@@ -32,6 +32,18 @@ def require(right: bool, name: str, value: Any, remedy: str) -> None:
         raise ConfigError(f"{name}={value} is wrong: {remedy}")
 
 
+def require_folder(folder: Path, file: str, holds: str, *, overwrite: bool) -> None:
+    """Raise a ConfigError for an ``out`` that is no folder, or has such results already.
+
+    Args:
+        file: whose presence tells that.
+        holds: what it holds then, in words.
+    """
+    require(folder.is_dir() or not folder.exists(), "out", folder, "it is not a folder")
+    require(overwrite or not (folder / file).exists(), "out", folder,
+            f"it holds {holds} already; give a new one, or --overwrite to replace it")
+
+
 def require_device(device: str) -> None:
     """Raise a ConfigError for a GPU that is not there."""
     if device == "cuda":
@@ -103,9 +115,9 @@ def _check_noise(config: TrainConfig, size: int) -> None:
             "it does not go with precision=fp16 (a step of two passes cannot be scaled); use bf16 "
             "or lag 1")
     if noise.sees_examples:
-        from hvdnoise.per_example import check_model
+        from hvdnoise.per_example import check_statistics
         from hvdnoise.training import models
-        check_model(models.outline(config.model, 10, config.data.record.shape(config.data)), [], {})
+        check_statistics(models.outline(config.model, 10, config.data.record.shape(config.data)))
 
 
 def _check_names(config: TrainConfig, size: int) -> None:
