@@ -170,6 +170,12 @@ def noise_covariance(structure: str, covariance_PP: ArrayLike, batch: int, emula
     return emulation_factor(batch, emulated_batch) * structured_PP
 
 
+def running_mean(values: Sequence[Array], decay: float) -> Array:
+    """S3 `diagonal`: the bias-corrected mean, the last one weighing most."""
+    weights = [decay ** age for age in range(len(values))][::-1]
+    return as_float64(sum(w * each for w, each in zip(weights, values)) / sum(weights))
+
+
 def shared_normal_noise(structure: str, covariance_PP: ArrayLike, normal_P: ArrayLike,
                         batch: int, emulated_batch: float, sizes: Sequence[int] = ()) -> Array:
     """S3, structures without correlations: nu = sqrt(diag Cov(nu)) * one shared normal vector."""

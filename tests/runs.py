@@ -15,7 +15,7 @@ import torch
 from hvdnoise import GNC, CovarianceNoise, streams
 from tests import reference
 from tests.fake_world import ThreadWorld, run_threads
-from tests.toys import Dense, Record, build, relative_error, train
+from tests.toys import Dense, Record, build, relative_error, train, vector
 
 RTOL = 1e-11
 SMALL_BUCKETS = 100  # bytes: each bias with a weight or alone, several buckets
@@ -45,6 +45,18 @@ def run(size: int, V: int, noise_of: Any, steps: int = 3, **options: Any) -> Rec
         for weights, expected in zip(other.weights, records[0].weights):
             assert torch.equal(weights, expected), "the replicas have drifted apart"
     return records[0]
+
+
+def weights_after(steps: int, noise_of: Any, ranks: int, *, b: int = 4, loss_scale: float = 1.0,
+                  **options: Any) -> Any:
+    """(P,): the weights after a run on so many ranks, which all end with the same bits."""
+    def work(world: ThreadWorld) -> Any:
+        model, optimizer = build(world, noise_of(), **options)
+        train(model, optimizer, steps, b=b, loss_scale=loss_scale)
+        return vector(model.parameters())
+    weights = run_threads(ranks, work)
+    assert all(torch.equal(weights[0], each) for each in weights), "the replicas have drifted apart"
+    return weights[0]
 
 
 def dense(W: int) -> Dense:
@@ -136,11 +148,9 @@ def dense_shared(W: int, M: int, seed: int, structure: str, decay: float = 0.0, 
         gradients_WP = model.worker_gradients(step)
         if step % every == 0:
             seen.append(reference.worker_covariance(gradients_WP, model.b))
-        weights = [decay ** age for age in range(len(seen))][::-1]
-        covariance_PP = sum(w * each for w, each in zip(weights, seen)) / sum(weights)
         return gradients_WP.mean(axis=0) + reference.shared_normal_noise(
-            structure, covariance_PP, model.normals(structure, step, seed=seed), W * model.b, M,
-            sizes=model.sizes)
+            structure, reference.running_mean(seen, decay),
+            model.normals(structure, step, seed=seed), W * model.b, M, sizes=model.sizes)
     return dense_covariance(W, noisy)
 
 

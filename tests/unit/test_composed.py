@@ -13,6 +13,7 @@ from hvdnoise import GNC, SAM, CovarianceNoise, MomentumSAM, streams
 from hvdnoise.noise.composed import Composed, compose
 from tests import reference
 from tests.fake_world import ThreadWorld, run_threads
+from tests.runs import weights_after
 from tests.toys import Dense, build, relative_error, train, vector
 
 W, B, M, STEPS = 4, 4, 5, 5
@@ -103,13 +104,7 @@ CASES: dict[str, tuple[Callable[[], list[Any]], Callable[[Dense], None]]] = {
 
 
 def run(name: str, ranks: int, **options: Any) -> Tensor:
-    def work(world: ThreadWorld) -> Tensor:
-        model, optimizer = build(world, CASES[name][0](), V=W // ranks, **options)
-        train(model, optimizer, STEPS, b=B)
-        return vector(model.parameters())
-    weights = run_threads(ranks, work)
-    assert all(torch.equal(weights[0], each) for each in weights)
-    return weights[0]
+    return weights_after(STEPS, CASES[name][0], ranks, V=W // ranks, b=B, **options)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -149,12 +144,7 @@ def test_resumed_runs_are_the_same_bits(name: str) -> None:
 
 
 def test_a_scaled_loss_changes_nothing() -> None:
-    def work(world: ThreadWorld, scale: float) -> Tensor:
-        model, optimizer = build(world, CASES["gathered-isotropic"][0](), V=2)
-        train(model, optimizer, STEPS, b=B, loss_scale=scale)
-        return vector(model.parameters())
-    plain, scaled = (run_threads(2, lambda world: work(world, scale))[0]
-                     for scale in (1.0, 1024.0))
+    plain, scaled = (run("gathered-isotropic", 2, loss_scale=scale) for scale in (1.0, 1024.0))
     assert relative_error(scaled, plain) < 1e-12
 
 

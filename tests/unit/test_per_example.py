@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from hvdnoise import GNC, CovarianceNoise, DistributedOptimizer, per_example, streams
 from hvdnoise.buckets import build_layout, default_layout
 from tests.fake_world import ThreadWorld, run_threads
-from tests.toys import Net, batch, build, losses, relative_error, train, vector
+from tests.runs import weights_after
+from tests.toys import Net, batch, build, losses, relative_error, vector
 
 
 class Conv(nn.Module):
@@ -131,15 +132,11 @@ def test_sampled_labels_are_the_models_own_and_the_same_wherever_a_worker_lives(
 
 
 def test_accumulation_and_a_scaled_loss() -> None:
-    def work(world: ThreadWorld, **options: Any) -> Tensor:
-        scale = options.pop("loss_scale", 1.0)
-        model, optimizer = build(world, noise(every=2), V=2, **options)
-        train(model, optimizer, 3, loss_scale=scale)
-        return vector(model.parameters())
-    plain = run_threads(2, work)[0]
-    assert relative_error(run_threads(2, lambda w: work(w, backward_passes_per_step=2))[0],
-                          plain) < 1e-12
-    assert relative_error(run_threads(2, lambda w: work(w, loss_scale=1024.0))[0], plain) < 1e-12
+    def work(**options: Any) -> Tensor:
+        return weights_after(3, lambda: noise(every=2), 2, V=2, **options)
+    plain = work()
+    assert relative_error(work(backward_passes_per_step=2), plain) < 1e-12
+    assert relative_error(work(loss_scale=1024.0), plain) < 1e-12
 
 
 def test_it_is_nothing_to_other_noises() -> None:

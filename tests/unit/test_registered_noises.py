@@ -26,6 +26,7 @@ from hvdnoise.training import plugins
 from tests import reference
 from tests.fake_world import ThreadWorld, run_threads
 from tests.noises import forgotten_afterwards
+from tests.runs import weights_after
 from tests.toys import Dense, batch, build, losses, relative_error, train, vector
 
 W, B, M, STEPS = 4, 4, 5, 4
@@ -51,8 +52,7 @@ def structure_run(dense: Dense, structure: str, *, decay: float = 0.0, every: in
         gradients_WP = dense.worker_gradients(step)
         if step % every == 0:
             seen.append(reference.worker_covariance(gradients_WP, B))
-        weights = [decay ** age for age in range(len(seen))][::-1]
-        covariance_PP = sum(w * c for w, c in zip(weights, seen)) / sum(weights)
+        covariance_PP = reference.running_mean(seen, decay)
         wanted = np.trace(seen[-1]) if matched else trace
         if wanted is not None:
             covariance_PP = covariance_PP * wanted / np.trace(covariance_PP)
@@ -66,8 +66,7 @@ def example_diagonal_run(dense: Dense, decay: float, every: int) -> None:
     for step in range(STEPS):
         if step % every == 0:
             seen.append((dense.example_gradients(step) ** 2).mean(axis=0))
-        weights = [decay ** age for age in range(len(seen))][::-1]
-        variance_P = sum(w * v for w, v in zip(weights, seen)) / sum(weights)
+        variance_P = reference.running_mean(seen, decay)
         normals_P = dense.normals("diagonal", step, seed=3)
         dense.update(dense.worker_gradients(step).mean(axis=0)
                      + np.sqrt((1 / M - 1 / (W * B)) * variance_P) * normals_P)
@@ -150,14 +149,7 @@ def make(kind: str) -> Any:
 
 
 def run(kind: str, ranks: int, **options: Any) -> Tensor:
-    """(P,): the weights after the steps, equal on all ranks."""
-    def work(world: ThreadWorld) -> Tensor:
-        model, optimizer = build(world, make(kind), V=W // ranks, **options)
-        train(model, optimizer, STEPS, b=B)
-        return vector(model.parameters())
-    weights = run_threads(ranks, work)
-    assert all(torch.equal(weights[0], each) for each in weights)
-    return weights[0]
+    return weights_after(STEPS, lambda: make(kind), ranks, V=W // ranks, b=B, **options)
 
 
 @pytest.mark.parametrize("kind", EXPECTED)
