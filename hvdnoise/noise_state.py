@@ -20,9 +20,11 @@ from hvdnoise.buckets import Layout
 from hvdnoise.comm import World
 from hvdnoise.displacement import Term
 from hvdnoise.exchange import Exchange
+from hvdnoise.layers import LayerStatistics, roots
 from hvdnoise.mixing import square
 from hvdnoise.noise.base import (
     ExampleNoise,
+    LayerNoise,
     MeanNoise,
     MeanObservingNoise,
     Noise,
@@ -118,6 +120,7 @@ class NoiseState:
         # as of the last step that was taken
         self._before: tuple[dict[str, Any], str | None] = self._kept, self._kept_of
         self._last_examples = 0
+        self._layers = LayerStatistics()  # for a noise that sees layers
         self._counts = False  # the examples of the calls
         self._from_examples = ExampleStatistics()  # for a noise that sees examples
         self._weighed = False  # what the next backward pass comes from
@@ -128,9 +131,12 @@ class NoiseState:
         """Have the calls of the model's modules watched, if the noise needs to know of them."""
         self._counts = any(not getattr(each, "batch_size", None)
                            for each in (self._worker, self._mean) if each is not None)
-        if self._counts or self._weights is not None:
+        if (layered := part(self.noise, LayerNoise)) is not None:
+            self._layers = LayerStatistics(names, layered.wants_layer, lambda: (
+                not self.first_pass and self._is_due(layered)))
+        if self._counts or self._weights is not None or layered is not None:
             self.watch = ModelWatch(terms, names, displaces=self._weights is not None,
-                                    in_eval=in_eval)
+                                    in_eval=in_eval, on_module=self._layers.watch)
 
     def forget_passes(self) -> None:
         """Nothing of the passes under way remains; what they have shown is dropped."""
@@ -145,6 +151,7 @@ class NoiseState:
         self._weight_deviation: float | None = None
         self._examples: list[list[int]] = [[]]  # by worker and pass
         self._from_examples.forget()
+        self._layers.forget()
         if self._weights is not None:
             self._weights.forget_passes()
 
@@ -348,6 +355,8 @@ class NoiseState:
     def end_worker(self) -> None:
         """The next pass is another worker's."""
         self._last_examples = sum(self._examples[-1])
+        given = getattr(self._mean, "batch_size", None) or self._last_examples
+        self._layers.end_worker(given / self._current_loss_scale())
         self._examples.append([])
 
     # ------------------------------------------------------------------ after the reduction
@@ -380,6 +389,8 @@ class NoiseState:
         workers = self.world.size * self.virtual_workers
         context, scale = self.context(observation.examples / workers, of=noise), \
             self._current_loss_scale()
+        if isinstance(noise, LayerNoise) and self._seen_by(noise) is not None:
+            self._show_layers(noise, exchange, context)
         for bucket, reduced_N in exchange.reduced():
             noise_N = noise.mean_noise(bucket, observation, context)
             self._add(noise, "mean_noise", noise_N, reduced_N, scale)
@@ -393,6 +404,17 @@ class NoiseState:
             if added_N is not None:
                 self._add(noise, "observe_mean", added_N, reduced_N, scale)
         self._note_memory()
+
+    def _show_layers(self, noise: LayerNoise, exchange: Exchange, context: StepContext) -> None:
+        examples = getattr(noise, "batch_size", None) or context.examples_per_worker
+        found = self._layers.reduce(exchange.layout, examples * context.num_workers, self.world,
+                                    f"{exchange.label}.layers")
+        wanted = {layer: noise.observe_layer(bucket, layer, *factors, context)
+                  for layer, (bucket, factors) in found.items()}
+        rooted = roots([each for pair in wanted.values() for each in pair], self.world,
+                       f"{exchange.label}.roots")
+        for layer, pair in zip(wanted, zip(rooted[::2], rooted[1::2])):
+            noise.take_roots(found[layer][0], layer, *pair, context)
 
     def _add(self, noise: Noise, call: str, noise_N: Tensor, reduced_N: Tensor, scale: float
              ) -> None:

@@ -145,5 +145,5 @@ def test_bucket_size_changes_rounding_only(name: str) -> None:
         return run_threads(2, work)[0]
 
     error = relative_error(weights(0), weights(2 ** 20))
-    drawn = name.startswith(("isotropic", "layerwise", "diagonal"))
+    drawn = name.startswith(("isotropic", "layerwise", "diagonal", "kronecker"))
     assert error > 1e-3 if drawn else error < RTOL
