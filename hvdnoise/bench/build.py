@@ -86,6 +86,7 @@ def _noisy(variant: Variant, model: nn.Module, config: BenchConfig, problem: Pro
         noise=config.new_noise(variant, world.size), **variant.options(config.group_size))
 
     def loss() -> Tensor:
+        problem.observe(optimizer, model)
         weighed: Tensor = optimizer.weigh(problem.losses(model))
         return weighed
 

@@ -143,6 +143,13 @@ def _unfit(variant: Variant, config: BenchConfig, ranks: int) -> str:
     noise = config.new_noise(variant, ranks)
     if noise is not None and noise.min_workers > ranks:
         return f"it needs {noise.min_workers} ranks and there is {ranks}; start more"
+    if noise is not None and noise.sees_examples:
+        if models.is_comm(config.model):
+            return "it sees gradients of single examples, which comm models do not have"
+        try:
+            models.check_examples(config.model, config.image_size)
+        except ValueError as error:
+            return str(error)
     if variant.grouped:
         try:
             comm.group_of(0, ranks, config.group_size)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hvdnoise.per_example import check_model
 from hvdnoise.training import models
 
 NUM_CLASSES = 10
@@ -45,7 +46,17 @@ class Problem:
         outputs: Tensor = model(self.inputs)
         if self.targets is None:
             return outputs
-        return F.cross_entropy(outputs, self.targets, reduction="none")
+        return cross_entropies(outputs, self.targets)
+
+    def observe(self, optimizer: Any, model: nn.Module) -> None:
+        """Show the examples to a noise that asks for them."""
+        if self.targets is not None:
+            optimizer.observe_examples(model, cross_entropies, self.inputs, self.targets)
+
+
+def cross_entropies(outputs: Tensor, targets: Tensor) -> Tensor:
+    """(b,)"""
+    return F.cross_entropy(outputs, targets, reduction="none")
 
 
 def is_comm(name: str) -> bool:
@@ -72,6 +83,11 @@ def check(name: str, image_size: int) -> None:
         numbers(name)
     else:
         models.build(name, NUM_CLASSES, (3, image_size, image_size))
+
+
+def check_examples(name: str, image_size: int) -> None:
+    """Raise a ValueError when the model's examples have no gradients of their own."""
+    check_model(models.outline(name, NUM_CLASSES, (3, image_size, image_size)), [], {})
 
 
 def make(name: str, *, batch_size: int, image_size: int, compute_seconds: float, seed: int,
