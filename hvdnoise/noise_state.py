@@ -38,6 +38,7 @@ from hvdnoise.noise.base import (
 )
 from hvdnoise.pending import PendingObservation
 from hvdnoise.per_example import ExampleStatistics, LossesOf, check_model, example_gradients
+from hvdnoise.spectrum import Spectrum, SpectrumObserver
 from hvdnoise.streams import generator
 from hvdnoise.watch import ModelWatch
 from hvdnoise.weight_noise import Displacements, NoiseCoverage, Rates
@@ -91,6 +92,8 @@ class NoiseState:
         measure: whether each step computes `measured`.
         loss_scale: the factor of the loss, or a function that tells it (a GradScaler's
             ``get_scale``); what the noise observes is divided by it.
+        spectrum_batch: b, examples of a worker, in the steps whose `spectrum` is wanted; else None.
+        spectrum: of the last step for which it was wanted; None for one worker.
         observing: whether the noise may observe; not in the second pass of lag 0.
         first_pass: whether this is the first pass of lag 0, whose mean nobody uses.
         watch: the calls of the model's modules; None where no noise needs to know of them.
@@ -103,6 +106,9 @@ class NoiseState:
         self.steps = self.memory = 0
         self.measure = False
         self.measured: Measured | None = None
+        self.spectrum_batch: int | None = None
+        self.spectrum: Spectrum | None = None
+        self._observer = SpectrumObserver()
         self.loss_scale: float | Callable[[], float] = 1.0
         self.observing, self.first_pass = True, False
         self.watch: ModelWatch | None = None
@@ -152,6 +158,7 @@ class NoiseState:
         self._examples: list[list[int]] = [[]]  # by worker and pass
         self._from_examples.forget()
         self._layers.forget()
+        self._observer.forget()
         if self._weights is not None:
             self._weights.forget_passes()
 
@@ -197,6 +204,13 @@ class NoiseState:
                 weights, self.context(of=weights), layout, self._current_loss_scale,
                 stays=self.first_pass and weights.needs_no_mean)
             self._pending, of_weights.beside = of_weights, self._pending
+        if self.spectrum_batch and not self.first_pass and self.context().num_workers > 1:
+            of_spectrum = PendingObservation(self._observer, self.context(), layout,
+                                             self._current_loss_scale)
+            if self._pending is None:
+                self._pending = of_spectrum
+            else:
+                self._pending.each()[-1].beside = of_spectrum
         return self._pending
 
     def _is_due(self, noise: Noise) -> bool:
@@ -379,6 +393,11 @@ class NoiseState:
         noise, observer = self._mean, self._mean_observer
         if self.first_pass:  # whose mean nobody uses
             return
+        if (seen := self._seen_by(self._observer)) is not None:
+            assert self.spectrum_batch is not None
+            self.spectrum = self._observer.spectrum(
+                exchange, self.world, seen, self.context(self.spectrum_batch),
+                self._current_loss_scale())
         if self.measure and (noise is not None or observer is not None):
             self._mean_square = sum(square(flat) for _, flat in exchange.reduced())
         if observer is not None:
