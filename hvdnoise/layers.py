@@ -12,8 +12,9 @@ independent of each other, and of those at other positions (K-FAC: Martens and G
 arXiv:1503.05671; convolutions: Grosse and Martens 2016, arXiv:1602.01407).
 
 They are summed up in the backward passes of an observed step by hooks on the modules, and reduced
-over the ranks once, at its end. `nn.Linear` and `nn.Conv2d` without groups are known. Modules
-inside of a compiled one are not seen.
+over the ranks once, at its end. What comes in another run of autograd, such as ``autograd.grad`` or
+the backward of another model's loss, is left out. `nn.Linear` and `nn.Conv2d` without groups are
+known. Modules inside of a compiled one are not seen.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvdnoise.buckets import Bucket, Layout
-from hvdnoise.displacement import thread
+from hvdnoise.displacement import current_graph_task_id, thread
 from hvdnoise.world import World
 
+_Row = tuple["Layer", nn.Module, Tensor, Tensor]  # with a call's input and output gradient
 UNFOLDED_BYTES = 64 * 2 ** 20  # of a convolution's inputs at a time
 
 
@@ -71,6 +73,8 @@ class LayerStatistics:
         self._names = {} if names is None else names
         self._wanted, self._active = wanted, active
         self._sums: dict[str, _Sums] = {}
+        self._arrived: dict[int, list[_Row]] = {}  # by autograd's run, until its pass ends
+        self._pass = -1
 
     def watch(self, module: nn.Module) -> None:
         """Hook a module, if its layer is known and wanted."""
@@ -84,6 +88,19 @@ class LayerStatistics:
     def forget(self) -> None:
         """The step begins anew."""
         self._sums.clear()
+        self._arrived.clear()
+
+    def begin_pass(self) -> None:
+        """The run of autograd under way is a backward pass of this optimizer's."""
+        self._pass = current_graph_task_id()
+
+    def end_pass(self, *, counts: bool) -> None:
+        """Take in what has arrived in the pass, if it was one of the step."""
+        rows = self._arrived.pop(self._pass, [])
+        self._arrived.clear()
+        with torch.no_grad():
+            for row in rows if counts else []:
+                self._add(*row)
 
     def called(self, layer: Layer, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """A forward of a layer: have its output's gradient come here."""
@@ -94,8 +111,8 @@ class LayerStatistics:
         def arrived(grad: Tensor) -> None:
             statistics = reference()
             if statistics is not None and statistics._active():
-                with torch.no_grad():
-                    statistics._add(layer, module, x, grad)
+                statistics._arrived.setdefault(current_graph_task_id(), []).append(
+                    (layer, module, x, grad.detach()))
         output.register_hook(arrived)
 
     def _add(self, layer: Layer, module: nn.Module, x: Tensor, grad: Tensor) -> None:

@@ -351,8 +351,13 @@ class NoiseState:
         if self.measure and grad is not None:
             self._local_squares.append(torch.linalg.vector_norm(grad).double().square())
 
+    def begin_pass(self) -> None:
+        """A backward pass has begun."""
+        self._layers.begin_pass()
+
     def end_pass(self, *, counts: bool, in_pass: bool = True) -> None:
         """A backward pass is through; ``counts``: it was one of the step."""
+        self._layers.end_pass(counts=counts)
         shown, self._from_examples.count_of_pass = self._from_examples.count_of_pass, None
         if self.watch is None:
             return

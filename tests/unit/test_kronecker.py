@@ -234,6 +234,32 @@ def test_its_law_over_ten_thousand_draws() -> None:
         assert_normal(draws, 1.15 * np.kron(G.numpy(), A.numpy()))
 
 
+def test_other_runs_of_autograd_are_left_out() -> None:
+    """A gradient penalty's inner gradient, and the backward of another loss through the model."""
+    def work(world: ThreadWorld, more: bool) -> Any:
+        model = Net()
+        optimizer = DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.0), model.named_parameters(),
+            noise=kronecker(every=1, batch_size=B), virtual_workers=2, world=world)
+        for worker in optimizer.workers:
+            x, y = batch(0, worker, B)
+            if more:
+                x.requires_grad_()
+                torch.autograd.grad(losses(model(x), y).sum() ** 2, x, create_graph=True)
+                for p in model.parameters():
+                    p.requires_grad_(False)
+                model(x).sum().backward()  # as a generator's loss
+                for p in model.parameters():
+                    p.requires_grad_(True)
+            losses(model(x), y).mean().backward()
+        optimizer.step()
+        return optimizer.state_dict()["hvdnoise"]["kept"]["values"]
+    plain, other = (run_threads(1, lambda world: work(world, more))[0] for more in (False, True))
+    for name in ("inputs", "outputs"):
+        (key,) = [key for key in plain if key.endswith(f"first.weight {name}")]
+        assert relative_error(other[key], plain[key]) < 1e-12
+
+
 def test_roots_of_singular_matrices() -> None:
     v = torch.tensor([[1.0], [2.0], [-1.0]], dtype=torch.float64)
     (root,) = run_threads(1, lambda world: roots([v @ v.T], world, "roots"))[0]
