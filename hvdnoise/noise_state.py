@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import ChainMap, deque
-from collections.abc import Iterator, MutableMapping
+from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any, Callable
 
@@ -20,6 +19,7 @@ from hvdnoise.buckets import Layout
 from hvdnoise.comm import World
 from hvdnoise.displacement import Term
 from hvdnoise.exchange import Exchange
+from hvdnoise.kept_state import KeptState
 from hvdnoise.layers import LayerStatistics, roots
 from hvdnoise.mixing import square
 from hvdnoise.noise.base import (
@@ -57,33 +57,6 @@ class Measured:
     weight_deviation: float | None = None  # of weights of workers or examples, where it is known
 
 
-class OwnState(MutableMapping[str, Any]):
-    """What is one noise's own of a state that several share."""
-
-    def __init__(self, shared: MutableMapping[str, Any], prefix: str) -> None:
-        self._shared, self._prefix = shared, prefix
-
-    def __getitem__(self, name: str) -> Any:
-        return self._shared[self._prefix + name]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self._shared[self._prefix + name] = value
-
-    def __delitem__(self, name: str) -> None:
-        del self._shared[self._prefix + name]
-
-    def __iter__(self) -> Iterator[str]:
-        start = len(self._prefix)
-        return (name[start:] for name in self._shared if name.startswith(self._prefix))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-def _prefix(noise: Noise) -> str:
-    return f"{type(noise).__name__}: "
-
-
 class NoiseState:
     """A noise (or None) with the state of the step under way.
 
@@ -119,12 +92,7 @@ class NoiseState:
         # of the last steps that were taken, for a noise that needs them `lag` steps later
         self._past: deque[PendingObservation] = deque(maxlen=max(1, noise.lag if noise else 1))
         self._pending: PendingObservation | None = None  # of the step under way
-        self._kept: dict[str, Any] = {}  # what the noise keeps, of the steps that were taken
-        self._set: dict[str, Any] = {}  # and in the step under way
-        self._learned: dict[str, Any] = {}  # and of its mean gradient, at its end
-        self._kept_of: str | None = None  # the digest of its layout
-        # as of the last step that was taken
-        self._before: tuple[dict[str, Any], str | None] = self._kept, self._kept_of
+        self._kept = KeptState(parts_of(noise))
         self._last_examples = 0
         self._layers = LayerStatistics()  # for a noise that sees layers
         self._counts = False  # the examples of the calls
@@ -147,9 +115,7 @@ class NoiseState:
     def forget_passes(self) -> None:
         """Nothing of the passes under way remains; what they have shown is dropped."""
         self._pending = None
-        self._kept, self._kept_of = self._before
-        self._set.clear()
-        self._learned.clear()
+        self._kept.drop()
         self._worker_weights: dict[float, list[float]] = {}  # by examples of a worker
         self._local_squares: list[Tensor] = []
         self._added_square = 0.0  # of the noise on the mean
@@ -166,8 +132,7 @@ class NoiseState:
         """What was observed and set in this step counts from now on."""
         if self._weights is not None:
             self._weights.step_taken()
-        self._kept.update({**self._set, **self._learned})
-        self._before = self._kept, self._kept_of
+        self._kept.commit()
         if self.noise is not None and self.noise.lag == 0:
             self.forget_observations()
         self.keep_observation()
@@ -191,8 +156,7 @@ class NoiseState:
 
     def start_observation(self, layout: Layout) -> PendingObservation | None:
         """What the noise is to observe of the exchange whose first backward pass begins."""
-        if self._kept_of != layout.digest:
-            self._kept, self._kept_of = {}, layout.digest
+        self._kept.begin(layout)
         weights, mean = part(self.noise, WeightNoise), self._mean
         self._pending = None
         if mean is not None and mean.statistics and not self.first_pass and self._is_due(mean):
@@ -215,7 +179,7 @@ class NoiseState:
 
     def _is_due(self, noise: Noise) -> bool:
         """Whether a noise observes in this step."""
-        return self.steps % noise.every == 0 or not any(self.context(of=noise).state)
+        return self.steps % noise.every == 0 or not self._kept.has(noise)
 
     def _seen_by(self, noise: Noise) -> PendingObservation | None:
         """What a noise observes in this step."""
@@ -234,7 +198,7 @@ class NoiseState:
         """
         noise = self._mean
         if noise is None or not noise.sees_examples or (
-                self._kept_of == layout.digest and not self._is_due(noise)):
+                self._kept.has(noise, layout) and not self._is_due(noise)):
             return
         (model, _, inputs, _), (v, number), context = of, where, self.context(of=noise)
         found = check_model(model, [p for bucket in layout.buckets for p in bucket.parameters],
@@ -266,15 +230,7 @@ class NoiseState:
         return StepContext(step=self.steps, num_workers=self.world.size * self.virtual_workers,
                            workers=range(first, first + self.virtual_workers),
                            examples_per_worker=examples,
-                           state=self._own(of, ChainMap(self._set, self._kept)))
-
-    def _own(self, noise: Noise | None, state: ChainMap[str, Any]) -> MutableMapping[str, Any]:
-        """What is one noise's own of a state; of several, each has names of its own."""
-        several = len(parts_of(self.noise)) > 1
-        return OwnState(state, _prefix(noise)) if several and noise is not None else state
-
-    def _with_state(self, noise: Noise, new: dict[str, Any], kept: dict[str, Any]) -> StepContext:
-        return replace(self.context(), state=self._own(noise, ChainMap(new, kept)))
+                           state={} if of is None else self._kept.of(of))
 
     # ------------------------------------------------------------------ before the reduction
 
@@ -290,7 +246,8 @@ class NoiseState:
             return {}
         due = self._past[0] if len(self._past) == self._past.maxlen else None
         if not self._weights.are_of(due, v):
-            context = self._with_state(self._weights.noise, self._set, self._before[0])
+            state = self._kept.of_displacement(self._weights.noise)
+            context = replace(self.context(), state=state)
             self._weights.form(due, v, context, learning_rates, measure=self.measure)
             self._note_memory(self._weights.memory)
         return self._weights.terms
@@ -298,8 +255,7 @@ class NoiseState:
     def _note_memory(self, displaced: int = 0) -> None:
         """The displaced weights are gone before the rows of the step are there."""
         held = [each for seen in (*self._past, self._pending) if seen for each in seen.tensors]
-        held += [each for state in (self._kept, self._set, self._learned)
-                 for each in state.values() if isinstance(each, Tensor)]
+        held += self._kept.tensors()
         once = {each.untyped_storage().data_ptr(): each.nbytes for each in held}
         self.memory = max(self.memory, sum(once.values()) + displaced)
 
@@ -420,8 +376,8 @@ class NoiseState:
             self._add(noise, "mean_noise", noise_N, reduced_N, scale)
 
     def _show_means(self, noise: MeanObservingNoise, exchange: Exchange) -> None:
-        context, scale = self._with_state(noise, self._learned, self._kept), \
-            self._current_loss_scale()
+        context = replace(self.context(), state=self._kept.of_mean(noise))
+        scale = self._current_loss_scale()
         for bucket, reduced_N in exchange.reduced():
             mean_N = reduced_N / scale if scale != 1 else reduced_N
             added_N = noise.observe_mean(bucket, mean_N, context)
@@ -482,8 +438,8 @@ class NoiseState:
         """This rank's state, for a bitwise resumption; once the exchange has been waited for."""
         state: dict[str, Any] = {"steps": self.steps, "noise": self._kind,
                                  "seen": [each.state_dict() for each in self._past]}
-        if self._kept:
-            state["kept"] = {"layout": self._kept_of, "values": dict(self._kept)}
+        if kept := self._kept.state_dict():
+            state["kept"] = kept
         return state
 
     def load_state_dict(self, state: dict[str, Any] | None, layout: Layout,
@@ -495,29 +451,20 @@ class NoiseState:
         """
         self.forget_passes()
         self.forget_observations()
-        self._kept, self._kept_of = {}, layout.digest
-        self._before = self._kept, self._kept_of
+        of_buckets = self._kept.load_state_dict((state or {}).get("kept", {}), layout)
         if self._weights is not None:
             self._weights.forget()
         self.steps = state["steps"] if state else 0
         if self.noise is None or not state:
             return
-        kept = state.get("kept", {"layout": layout.digest, "values": {}})
         weights = part(self.noise, WeightNoise)
         past = [None if weights is None else PendingObservation.restore(
             each, weights, self.context(of=weights), layout, parameters) for each in state["seen"]]
-        if None in past or kept["layout"] != layout.digest \
-                or state.get("noise", self._kind) != self._kind:
+        if None in past or not of_buckets or state.get("noise", self._kind) != self._kind:
+            self._kept.load_state_dict({}, layout)
             raise ValueError("the loaded deviations are of other buckets, workers or another "
                              "noise: resume with the same bucket_bytes, ranks, virtual_workers "
                              "and noise, or drop \"hvdnoise\" from the optimizer's state to "
                              "start the noise anew")
-        prefixes = tuple(map(_prefix, parts_of(self.noise)))
-        for key, value in kept["values"].items():
-            name = next((key[len(each):] for each in prefixes if key.startswith(each)), key)
-            devices = [bucket.device for bucket in layout.buckets
-                       if f"{name} ".startswith(f"{bucket.key} ")]
-            self._kept[key] = value.to(devices[0]) if devices and isinstance(value, Tensor) \
-                else value
         if self._weights is not None:
             self._past.extend(each for each in past if each is not None)
