@@ -20,9 +20,11 @@ from hvdnoise.comm import World
 from hvdnoise.displacement import Term
 from hvdnoise.exchange import Exchange
 from hvdnoise.kept_state import KeptState
+from hvdnoise.layers import LayerStatistics, roots
 from hvdnoise.mixing import square
 from hvdnoise.noise.base import (
     ExampleNoise,
+    LayerNoise,
     MeanNoise,
     MeanObservingNoise,
     Noise,
@@ -36,6 +38,7 @@ from hvdnoise.noise.base import (
 )
 from hvdnoise.pending import PendingObservation
 from hvdnoise.per_example import ExampleStatistics, LossesOf, check_model, example_gradients
+from hvdnoise.spectrum import Spectrum, SpectrumObserver
 from hvdnoise.streams import generator
 from hvdnoise.watch import ModelWatch
 from hvdnoise.weight_noise import Displacements, NoiseCoverage, Rates
@@ -62,6 +65,8 @@ class NoiseState:
         measure: whether each step computes `measured`.
         loss_scale: the factor of the loss, or a function that tells it (a GradScaler's
             ``get_scale``); what the noise observes is divided by it.
+        spectrum_batch: b, examples of a worker, in the steps whose `spectrum` is wanted; else None.
+        spectrum: of the last step for which it was wanted; None for one worker.
         observing: whether the noise may observe; not in the second pass of lag 0.
         first_pass: whether this is the first pass of lag 0, whose mean nobody uses.
         watch: the calls of the model's modules; None where no noise needs to know of them.
@@ -74,6 +79,9 @@ class NoiseState:
         self.steps = self.memory = 0
         self.measure = False
         self.measured: Measured | None = None
+        self.spectrum_batch: int | None = None
+        self.spectrum: Spectrum | None = None
+        self._observer = SpectrumObserver()
         self.loss_scale: float | Callable[[], float] = 1.0
         self.observing, self.first_pass = True, False
         self.watch: ModelWatch | None = None
@@ -86,6 +94,7 @@ class NoiseState:
         self._pending: PendingObservation | None = None  # of the step under way
         self._kept = KeptState(parts_of(noise))
         self._last_examples = 0
+        self._layers = LayerStatistics()  # for a noise that sees layers
         self._counts = False  # the examples of the calls
         self._from_examples = ExampleStatistics()  # for a noise that sees examples
         self._weighed = False  # what the next backward pass comes from
@@ -96,9 +105,12 @@ class NoiseState:
         """Have the calls of the model's modules watched, if the noise needs to know of them."""
         self._counts = any(not getattr(each, "batch_size", None)
                            for each in (self._worker, self._mean) if each is not None)
-        if self._counts or self._weights is not None:
+        if (layered := part(self.noise, LayerNoise)) is not None:
+            self._layers = LayerStatistics(names, layered.wants_layer, lambda: (
+                not self.first_pass and self._is_due(layered)))
+        if self._counts or self._weights is not None or layered is not None:
             self.watch = ModelWatch(terms, names, displaces=self._weights is not None,
-                                    in_eval=in_eval)
+                                    in_eval=in_eval, on_module=self._layers.watch)
 
     def forget_passes(self) -> None:
         """Nothing of the passes under way remains; what they have shown is dropped."""
@@ -111,6 +123,8 @@ class NoiseState:
         self._weight_deviation: float | None = None
         self._examples: list[list[int]] = [[]]  # by worker and pass
         self._from_examples.forget()
+        self._layers.forget()
+        self._observer.forget()
         if self._weights is not None:
             self._weights.forget_passes()
 
@@ -154,6 +168,13 @@ class NoiseState:
                 weights, self.context(of=weights), layout, self._current_loss_scale,
                 stays=self.first_pass and weights.needs_no_mean)
             self._pending, of_weights.beside = of_weights, self._pending
+        if self.spectrum_batch and not self.first_pass and self.context().num_workers > 1:
+            of_spectrum = PendingObservation(self._observer, self.context(), layout,
+                                             self._current_loss_scale)
+            if self._pending is None:
+                self._pending = of_spectrum
+            else:
+                self._pending.each()[-1].beside = of_spectrum
         return self._pending
 
     def _is_due(self, noise: Noise) -> bool:
@@ -176,7 +197,8 @@ class NoiseState:
             where: the number of this rank's worker, and of its pass.
         """
         noise = self._mean
-        if noise is None or (self._kept.has(noise, layout) and not self._is_due(noise)):
+        if noise is None or not noise.sees_examples or (
+                self._kept.has(noise, layout) and not self._is_due(noise)):
             return
         (model, _, inputs, _), (v, number), context = of, where, self.context(of=noise)
         found = check_model(model, [p for bucket in layout.buckets for p in bucket.parameters],
@@ -290,8 +312,13 @@ class NoiseState:
         if self.measure and grad is not None:
             self._local_squares.append(torch.linalg.vector_norm(grad).double().square())
 
+    def begin_pass(self) -> None:
+        """A backward pass has begun."""
+        self._layers.begin_pass()
+
     def end_pass(self, *, counts: bool, in_pass: bool = True) -> None:
         """A backward pass is through; ``counts``: it was one of the step."""
+        self._layers.end_pass(counts=counts)
         shown, self._from_examples.count_of_pass = self._from_examples.count_of_pass, None
         if self.watch is None:
             return
@@ -308,6 +335,8 @@ class NoiseState:
     def end_worker(self) -> None:
         """The next pass is another worker's."""
         self._last_examples = sum(self._examples[-1])
+        given = getattr(self._mean, "batch_size", None) or self._last_examples
+        self._layers.end_worker(given / self._current_loss_scale())
         self._examples.append([])
 
     # ------------------------------------------------------------------ after the reduction
@@ -330,6 +359,11 @@ class NoiseState:
         noise, observer = self._mean, self._mean_observer
         if self.first_pass:  # whose mean nobody uses
             return
+        if (seen := self._seen_by(self._observer)) is not None:
+            assert self.spectrum_batch is not None
+            self.spectrum = self._observer.spectrum(
+                exchange, self.world, seen, self.context(self.spectrum_batch),
+                self._current_loss_scale())
         if self.measure and (noise is not None or observer is not None):
             self._mean_square = sum(square(flat) for _, flat in exchange.reduced())
         if observer is not None:
@@ -340,6 +374,8 @@ class NoiseState:
         workers = self.world.size * self.virtual_workers
         context, scale = self.context(observation.examples / workers, of=noise), \
             self._current_loss_scale()
+        if isinstance(noise, LayerNoise) and self._seen_by(noise) is not None:
+            self._show_layers(noise, exchange, context)
         for bucket, reduced_N in exchange.reduced():
             noise_N = noise.mean_noise(bucket, observation, context)
             self._add(noise, "mean_noise", noise_N, reduced_N, scale)
@@ -353,6 +389,17 @@ class NoiseState:
             if added_N is not None:
                 self._add(noise, "observe_mean", added_N, reduced_N, scale)
         self._note_memory()
+
+    def _show_layers(self, noise: LayerNoise, exchange: Exchange, context: StepContext) -> None:
+        examples = getattr(noise, "batch_size", None) or context.examples_per_worker
+        found = self._layers.reduce(exchange.layout, examples * context.num_workers, self.world,
+                                    f"{exchange.label}.layers")
+        wanted = {layer: noise.observe_layer(bucket, layer, *factors, context)
+                  for layer, (bucket, factors) in found.items()}
+        rooted = roots([each for pair in wanted.values() for each in pair], self.world,
+                       f"{exchange.label}.roots")
+        for layer, pair in zip(wanted, zip(rooted[::2], rooted[1::2])):
+            noise.take_roots(found[layer][0], layer, *pair, context)
 
     def _add(self, noise: Noise, call: str, noise_N: Tensor, reduced_N: Tensor, scale: float
              ) -> None:

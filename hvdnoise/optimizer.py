@@ -36,6 +36,7 @@ from hvdnoise.noise.composed import compose
 from hvdnoise.noise_state import Measured, NoiseState
 from hvdnoise.parameters import OptimizerParameters
 from hvdnoise.plans import Choice, choose
+from hvdnoise.spectrum import Spectrum
 from hvdnoise.step import StepRunner
 from hvdnoise.tasks import Options
 from hvdnoise.weight_noise import NoiseCoverage
@@ -110,6 +111,22 @@ class _DistributedOptimizer(Wrapper):
     def measured(self) -> Measured | None:
         """The norms of the last exchange that was measured."""
         return self._noise_state.measured
+
+    @property
+    def spectrum_batch(self) -> int | None:
+        """b, examples of a worker, in the steps whose `spectrum` is wanted; else None. Set it
+        alike on all ranks, before the first backward of a step. It costs an alltoall and V*P."""
+        return self._noise_state.spectrum_batch
+
+    @spectrum_batch.setter
+    def spectrum_batch(self, examples: int | None) -> None:
+        self._noise_state.spectrum_batch = examples
+
+    @property
+    def spectrum(self) -> Spectrum | None:
+        """Of the workers' covariance in the last step for which it was wanted; None before it, and
+        for one worker."""
+        return self._noise_state.spectrum
 
     @property
     def loss_scale(self) -> float | Callable[[], float]:

@@ -61,8 +61,8 @@ class PendingObservation(Observation):
         return self.rows[bucket.index]
 
     def each(self) -> tuple[PendingObservation, ...]:
-        """This one, and the one beside it."""
-        return (self,) if self.beside is None else (self, self.beside)
+        """This one, and those beside it."""
+        return (self,) if self.beside is None else (self, *self.beside.each())
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -46,13 +46,14 @@ class ModelWatch:
         names: of the parameters, for messages; parameters may be added.
         displaces: whether there will ever be a delta.
         in_eval: whether calls in evaluation mode, with gradients enabled, train too.
+        on_module: is told every module that is found to hold parameters, once.
     """
 
     def __init__(self, terms: weakref.WeakMethod[Callable[[], Mapping[Tensor, Term]]],
-                 names: Mapping[Tensor, str], *, displaces: bool = True, in_eval: bool = False
-                 ) -> None:
+                 names: Mapping[Tensor, str], *, displaces: bool = True, in_eval: bool = False,
+                 on_module: Callable[[nn.Module], None] = lambda module: None) -> None:
         self._terms, self._names = terms, names
-        self._displaces, self._in_eval = displaces, in_eval
+        self._displaces, self._in_eval, self._on_module = displaces, in_eval, on_module
         self._modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._parameters: set[Tensor] = set()
         self._not_found: set[Tensor] = set()  # parameters whose modules have not been called
@@ -129,6 +130,8 @@ class ModelWatch:
         if not isinstance(call, Call):
             call = module.__dict__["_compiled_call_impl"] = Call(module)
         call.watches.add(self)
+        if module not in self._modules:
+            self._on_module(module)
         self._modules.add(module)
 
     # ------------------------------------------------------------------ calls

@@ -193,4 +193,5 @@ NOISES: dict[str, Any] = {
     "layerwise": lambda: CovarianceNoise("layerwise", 3),
     "diagonal": lambda: CovarianceNoise("diagonal", 3),
     "diagonal-examples": lambda: CovarianceNoise("diagonal", 3, source="examples"),
+    "kronecker": lambda: CovarianceNoise("kronecker", 3, every=2),
     "diagonal-with-gnc": lambda: [GNC(0.4), CovarianceNoise("diagonal", 3)]}

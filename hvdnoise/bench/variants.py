@@ -42,9 +42,9 @@ LAGS = ("lag0", "lag1", "lag2")
 SETS = {
     "default": ("plain", "none", "ddp", "sam", "gnc-own", "full-workers", "gathered"),
     "all": ("plain", "none", "ddp", "sam", "gnc-own", "gnc-isotropic", "gnc-layerwise",
-            "full-workers", "full-examples", "diagonal", "diagonal-examples", "isotropic",
-            "layerwise", "stale-sam", "momentum-sam", "extrapolation", "anticorrelated", "pnm",
-            "gathered",
+            "full-workers", "full-examples", "diagonal", "diagonal-examples", "kronecker",
+            "isotropic", "layerwise", "stale-sam", "momentum-sam", "extrapolation",
+            "anticorrelated", "pnm", "gathered",
             *(f"gathered:{name}{options}" for name in MIXING_PLANS
               for options in PLANS[name].compared)),
 }

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from hvdnoise.buckets import Bucket, Layout
+from hvdnoise.layers import Layer
 
 Schedule = float | Callable[[int], float]
 
@@ -217,6 +218,32 @@ class MeanObservingNoise(Noise):
         Returns:
             (N,), what is added to the mean gradient, the same bits on every rank; None: nothing.
         """
+
+
+class LayerNoise(Noise):
+    """A noise that is shown the Kronecker factors of layers (`hvdnoise.layers`)."""
+
+    @abstractmethod
+    def wants_layer(self, weight: str) -> bool:
+        """Whether the layer whose weight has this name is to be observed."""
+
+    @abstractmethod
+    def observe_layer(self, bucket: Bucket, layer: Layer, inputs_II: Tensor, outputs_OO: Tensor,
+                      context: StepContext) -> tuple[Tensor, Tensor]:
+        """The step's factors of a layer, averaged over the ranks; called before `mean_noise`.
+
+        Args:
+            bucket: of the layer's weight.
+            inputs_II, outputs_OO: A and G.
+
+        Returns:
+            Two symmetric matrices of these sizes whose roots it wants.
+        """
+
+    @abstractmethod
+    def take_roots(self, bucket: Bucket, layer: Layer, inputs_II: Tensor, outputs_OO: Tensor,
+                   context: StepContext) -> None:
+        """The roots: L with L L' what `observe_layer` returned; the same bits on every rank."""
 
 
 class WeightingNoise(Noise):

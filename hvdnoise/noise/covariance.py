@@ -9,6 +9,7 @@ from hvdnoise.noise.diagonal import DiagonalCovariance, DiagonalExampleCovarianc
 from hvdnoise.noise.full_examples import FullExampleCovariance
 from hvdnoise.noise.full_workers import FullWorkerCovariance
 from hvdnoise.noise.isotropic import IsotropicCovariance
+from hvdnoise.noise.kronecker import KroneckerCovariance
 from hvdnoise.noise.layerwise import LayerwiseCovariance
 from hvdnoise.noise.signature import (
     REQUIRED,
@@ -28,6 +29,7 @@ COVARIANCES: dict[tuple[str, str], Maker] = {  # (structure, source) -> class
     ("diagonal", "workers"): DiagonalCovariance,
     ("diagonal", "examples"): DiagonalExampleCovariance,
     ("isotropic", "workers"): IsotropicCovariance,
+    ("kronecker", "workers"): KroneckerCovariance,
     ("layerwise", "workers"): LayerwiseCovariance,
 }
 _COMMON = ("emulated_batch", "batch_size", "seed")

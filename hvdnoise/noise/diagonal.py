@@ -16,7 +16,7 @@ keeps a running mean is not known here.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, MutableMapping
 
 import torch
 from torch import Tensor
@@ -66,12 +66,16 @@ class DiagonalCovariance(EqualTraceNoise):
             if bucket.key in state:
                 mean_N.lerp_(state[bucket.key], 1 - (1 - self.decay) / state["weight"])
             state[bucket.key] = mean_N
-        factor = self.missing_variance(context) * self.scaled(state["mean trace"], state["trace"])
+        factor = self.missing_variance(context) * self.scaled(self._own_trace(state),
+                                                              state["trace"])
         noise_N = streams.normal(bucket.size, self.seed, "diagonal", context.step, bucket.index,
                                  device=bucket.device, dtype=bucket.dtype)
         for noise_n, mean_n in zip(noise_N.split(CACHED), state[bucket.key].split(CACHED)):
             noise_n.mul_(mean_n.mul(factor).sqrt_())
         return noise_N
+
+    def _own_trace(self, state: MutableMapping[str, Any]) -> float:
+        return float(state["mean trace"])
 
     def _take_in_traces(self, observation: Observation, context: StepContext) -> None:
         """Once a step, before the sums change: tr C^, its running mean, and the mean's weight."""

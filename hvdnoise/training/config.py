@@ -71,6 +71,8 @@ class TrainConfig:
             none); or the path of a checkpoint or of a run.
         resume_resize: resume with another number of workers, which makes it another run.
         log_every: steps between two lines of metrics.
+        spectrum_every: steps between two lines with the spectrum of the workers' covariance;
+            0: none.
         tensorboard: write TensorBoard events.
         progress: bar, lines or none on the terminal; auto: a bar where there is a terminal.
     """
@@ -103,6 +105,7 @@ class TrainConfig:
     resume: str = "never"
     resume_resize: bool = False
     log_every: int = 20
+    spectrum_every: int = 100
     tensorboard: bool = True
     progress: Literal["auto", "bar", "lines", "none"] = "auto"
 
@@ -123,7 +126,8 @@ class TrainConfig:
 
 # What a resumed run may change without being another run.
 _FREE = {"epochs", "max_bad_steps", "eval_every", "device", "threads", "name", "run_dir",
-         "overwrite", "resume", "resume_resize", "log_every", "tensorboard", "progress",
+         "overwrite", "resume", "resume_resize", "log_every", "spectrum_every",
+         "tensorboard", "progress",
          "checkpoint.every_steps", "checkpoint.every_epochs", "checkpoint.keep", "data.root",
          "data.download", "data.loader_workers"}
 # What it may change with resume_resize.

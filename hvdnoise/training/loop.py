@@ -115,6 +115,8 @@ def take_step(job: Job, batches: Iterator[tuple[Tensor, Tensor]], meter: Meter) 
     parts = [next(batches) for _ in job.sampler.worker_ids]
     every = max(1, config.log_every // MEASURES_PER_LINE)
     optimizer.measure = job.batches.worker != job.batches.total and (at.step + 1) % every == 0
+    shows = config.spectrum_every > 0 and (at.step + 1) % config.spectrum_every == 0
+    optimizer.spectrum_batch = job.batches.worker if shows else None
     result: dict[str, Any] = {}
 
     def gradients() -> None:
@@ -137,6 +139,8 @@ def take_step(job: Job, batches: Iterator[tuple[Tensor, Tensor]], meter: Meter) 
     if job.ema is not None and not result["bad"]:
         job.ema.update_parameters(job.model)
     at.step += 1
+    if shows and not result["bad"] and optimizer.spectrum is not None:
+        meter.spectrum = at.step, optimizer.spectrum
     _count_bad(job, result["bad"])
     seconds = time.perf_counter() - started
     at.seconds += seconds
@@ -190,6 +194,10 @@ def _due(step: int, every: int) -> bool:
 
 def _log(job: Job, meter: Meter, records: Records, progress: Progress) -> None:
     bad = meter.bad_steps
+    if meter.spectrum is not None:
+        step, spectrum = meter.spectrum
+        records.write("covariance", step, spectrum.numbers())
+        meter.spectrum = None
     values = meter.flush(job.world)
     epoch = job.counters.step / job.sampler.steps_per_epoch
     coverage = job.optimizer.noise_coverage

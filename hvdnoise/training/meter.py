@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hvdnoise.comm import World
 from hvdnoise.noise_state import Measured
+from hvdnoise.spectrum import Spectrum
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Meter:
     learning_rate: float = 0.0  # of the last step
     sums: Tensor = field(init=False)  # loss, correct, examples; of this rank
     measured: list[Measured] = field(default_factory=list)
+    spectrum: tuple[int, Spectrum] | None = None  # the last one since the last line, and its step
 
     def __post_init__(self) -> None:
         self._clear()

@@ -55,7 +55,7 @@ def require_device(device: str) -> None:
 def _check_numbers(config: TrainConfig, size: int) -> None:
     require(0 < config.epochs < math.inf, "epochs", config.epochs, "give a number above 0")
     for name, least in (("virtual_workers", 1), ("accumulate", 1), ("max_bad_steps", 1),
-                        ("log_every", 1), ("eval_every", 0), ("seed", 0)):
+                        ("log_every", 1), ("spectrum_every", 0), ("eval_every", 0), ("seed", 0)):
         value = getattr(config, name)
         require(value >= least, name, value, f"give {least} or more")
     require(config.threads is None or config.threads >= 1, "threads", config.threads,

@@ -124,6 +124,18 @@ def test_batch_norm_and_dropout_resume_too(tmp_path: Path) -> None:
     assert whole["weights_ema_sha256"] == resumed["weights_ema_sha256"]
 
 
+def test_the_spectrum_is_a_line_of_its_own(tmp_path: Path) -> None:
+    train(tmp_path / "two", *GNC, "--epochs", "1", "--spectrum_every", "2", "--log_every", "1")
+    lines = [line for line in metrics(tmp_path / "two") if line["kind"] == "covariance"]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    for line in lines:
+        assert line["trace"] > 0 and line["stable_rank"] == pytest.approx(1.0)  # of two workers
+        shares = [value for key, value in line.items() if key.startswith("share/")]
+        assert sum(shares) == pytest.approx(1.0) and len(shares) > 3
+    train(tmp_path / "one", "--virtual_workers", "1", "--epochs", "1", "--spectrum_every", "2")
+    assert all(line["kind"] != "covariance" for line in metrics(tmp_path / "one"))
+
+
 def test_another_seed_is_another_run(tmp_path: Path) -> None:
     digests = {train(tmp_path / name, *GNC, "--epochs", "1", *flags)["weights_sha256"]
                for name, flags in (("a", []), ("b", []), ("c", ["--seed", "1"]))}

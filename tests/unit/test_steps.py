@@ -136,7 +136,7 @@ def test_virtual_workers_are_workers(name: str) -> None:
 
 @pytest.mark.parametrize("name", NOISES)
 def test_bucket_size_changes_rounding_only(name: str) -> None:
-    """Except for noise whose numbers are drawn bucket by bucket."""
+    """Except for noise whose numbers are drawn bucket by bucket (not layer by layer)."""
     def weights(bucket_bytes: int) -> Any:
         def work(world: ThreadWorld) -> Any:
             model, optimizer = build(world, NOISES[name](), V=2, bucket_bytes=bucket_bytes,

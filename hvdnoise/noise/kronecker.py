@@ -1,0 +1,133 @@
+"""Noise on the mean gradient with Kronecker-factored covariance in each layer, as K-FAC has it.
+
+For a layer with weight W (O, I) and bias, taken as one more column,
+
+    nu = sqrt(1/M - 1/B) L_G Z L_A',   L_A L_A' = A,  L_G L_G' = G,   Z ~ N(0, I) of (O, I+1)
+    so Cov(vec nu) = (1/M - 1/B) A (x) G
+
+with the running means of the factors A of its inputs and G of its output gradients
+(`hvdnoise.layers`), each with damping d: A + d tr(A)/(I+1) and G + d tr(G)/O on the diagonal. The
+second moments are those of single examples, not centred. All parameters that belong to no such
+layer, and the layers that are left out, get diagonal noise (`hvdnoise.noise.diagonal`).
+
+Factors are observed, averaged over the ranks and factorized in every n-th step only; each rank
+factorizes its share. Where it acts: the mean gradient, after the reduction; Z comes from a stream
+shared by all ranks. Bytes on the wire in an observed step: those of diagonal noise, and an
+allreduce and a broadcast of all factors. Memory: the factors and their roots, and what diagonal
+noise takes.
+
+Idea: Wen et al. 2020, arXiv:1902.08234; factors: Martens and Grosse 2015, arXiv:1503.05671, and
+Grosse and Martens 2016, arXiv:1602.01407. Formula of the noise: derived for this project.
+"""
+
+from __future__ import annotations
+
+import math
+from fnmatch import fnmatch
+from typing import Any, MutableMapping
+
+import torch
+from torch import Tensor
+
+from hvdnoise import streams
+from hvdnoise.buckets import Bucket
+from hvdnoise.layers import Layer
+from hvdnoise.noise.base import LayerNoise, Observation, StepContext
+from hvdnoise.noise.diagonal import DiagonalCovariance
+
+
+class KroneckerCovariance(DiagonalCovariance, LayerNoise):
+    """K-FAC's covariance for linear and convolution layers, diagonal elsewhere (see the module).
+
+    Not for modules inside of a compiled one, which then get diagonal noise.
+
+    Args:
+        decay: c of the running means of factors and variances, 0 <= c < 1.
+        every: the n of "every n-th step", in which they are estimated.
+        damping: d >= 0, added to the factors' diagonals, in units of their mean.
+        layers: patterns of the names of weights, as "features.*": only such layers; default: all.
+        skip: patterns of the names of weights of layers to leave out.
+    """
+
+    def __init__(self, emulated_batch: int, *, decay: float = 0.9, every: int = 20,
+                 damping: float = 1e-3, layers: list[str] | None = None,
+                 skip: list[str] | None = None, **options: Any) -> None:
+        super().__init__(emulated_batch, decay=decay, every=every, **options)
+        number = isinstance(damping, (int, float)) and not isinstance(damping, bool)
+        if not (number and 0 <= damping < math.inf):
+            raise ValueError(f"damping={damping!r} must be a number >= 0")
+        for name, patterns in (("layers", layers), ("skip", skip)):
+            if isinstance(patterns, str):
+                raise ValueError(f"{name}={patterns!r} must be a list of patterns: [{patterns!r}]")
+        self.damping = damping
+        self.layers, self.skip = (None if each is None else tuple(each) for each in (layers, skip))
+
+    def wants_layer(self, weight: str) -> bool:
+        chosen = self.layers is None or any(fnmatch(weight, each) for each in self.layers)
+        return chosen and not any(fnmatch(weight, each) for each in self.skip or ())
+
+    def observe_layer(self, bucket: Bucket, layer: Layer, inputs_II: Tensor, outputs_OO: Tensor,
+                      context: StepContext) -> tuple[Tensor, Tensor]:
+        state, key = context.state, f"{bucket.key} {layer.weight}"
+        weight = state.get("weight", 0.0) * self.decay + 1 - self.decay  # as mean_noise will have
+        means, traces = [], 1.0
+        for name, new in (("inputs", inputs_II), ("outputs", outputs_OO)):
+            before = state.get(f"{key} {name}")
+            mean = new if before is None else before.lerp(new, (1 - self.decay) / weight)
+            state[f"{key} {name}"] = mean
+            trace = float(mean.diagonal().double().sum())
+            shift = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
+            means.append(mean + shift * (self.damping * trace / len(mean)))
+            traces *= trace * (1 + self.damping)
+        state["layers"] = {**state.get("layers", {}), layer.weight: (layer.bias, traces)}
+        return means[0], means[1]
+
+    def take_roots(self, bucket: Bucket, layer: Layer, inputs_II: Tensor, outputs_OO: Tensor,
+                   context: StepContext) -> None:
+        key = f"{bucket.key} {layer.weight}"
+        context.state[f"{key} inputs root"] = inputs_II
+        context.state[f"{key} outputs root"] = outputs_OO
+        context.state["roots"] = {**context.state.get("roots", {}), layer.weight: key}
+
+    def mean_noise(self, bucket: Bucket, observation: Observation, context: StepContext) -> Tensor:
+        noise_N = super().mean_noise(bucket, observation, context)
+        state = context.state
+        of = {name: (weight, name == weight) for weight, (bias, _) in state["layers"].items()
+              for name in (weight, bias) if name is not None} if "layers" in state else {}
+        deviation = math.sqrt(self.missing_variance(context)
+                              * self.scaled(self._own_trace(state), state["trace"]))
+        for t, name in enumerate(bucket.names):
+            if name not in of:
+                continue
+            weight, is_weight = of[name]
+            sample_OI = self._sample(weight, context)
+            has_bias = state["layers"][weight][0] is not None
+            part = sample_OI[:, :sample_OI.shape[1] - has_bias] if is_weight else sample_OI[:, -1]
+            bucket.view(noise_N, t).copy_(part.reshape(bucket.shapes[t])).mul_(deviation)
+        return noise_N
+
+    def _sample(self, weight: str, context: StepContext) -> Tensor:
+        """(O, I+1): L_G Z L_A'."""
+        key = context.state["roots"][weight]
+        inputs_II, outputs_OO = (context.state[f"{key} {name} root"]
+                                 for name in ("inputs", "outputs"))
+        z_OI = streams.normal((len(outputs_OO), len(inputs_II)), self.seed, "kronecker",
+                              context.step, weight, device=inputs_II.device, dtype=inputs_II.dtype)
+        return outputs_OO @ z_OI @ inputs_II.T
+
+    def _take_in_traces(self, observation: Observation, context: StepContext) -> None:
+        super()._take_in_traces(observation, context)
+        state, total = context.state, 0.0
+        layers = state.get("layers", {})
+        inside = {*layers, *(bias for bias, _ in layers.values())}
+        for bucket in observation.layout.buckets:
+            sums = observation.statistics[bucket.index].split(bucket.sizes)
+            total += sum(float(part.sum(dtype=torch.float64))
+                         for name, part in zip(bucket.names, sums) if name not in inside)
+        new = (1 - self.decay) / state["weight"]
+        state["rest trace"] = state.get("rest trace", 0.0) * (1 - new) \
+            + new * total * self.estimate(observation, context)
+
+    def _own_trace(self, state: MutableMapping[str, Any]) -> float:
+        layers = state.get("layers", {}).values()
+        return float(state["rest trace"]) + sum(trace for _, trace in layers)
