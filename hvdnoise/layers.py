@@ -19,6 +19,7 @@ known. Modules inside of a compiled one are not seen.
 
 from __future__ import annotations
 
+import math
 import weakref
 from dataclasses import dataclass
 from typing import Any, Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from hvdnoise.world import World
 
 _Row = tuple["Layer", nn.Module, Tensor, Tensor]  # with a call's input and output gradient
 UNFOLDED_BYTES = 64 * 2 ** 20  # of a convolution's inputs at a time
+OVERSAMPLED, ITERATIONS = 10, 3  # of the iteration for leading eigenvectors
 
 
 @dataclass(frozen=True)
@@ -208,21 +210,87 @@ class _Hook:
         return _Hook, ()
 
 
-def roots(matrices: Sequence[Tensor], world: World, name: str) -> list[Tensor]:
-    """L with L L' = M of symmetric M without negative eigenvalues; the same bits on all ranks.
+@dataclass(frozen=True)
+class Root:
+    """S = f I + U diag(s) U', the symmetric root of U diag((f+s)^2) U' + f^2 (I - U U').
 
-    Each rank factorizes its share in float64: by Cholesky's method, and where rounding has left an
-    eigenvalue below 0, by eigenvalues, which are then taken as 0.
+    Args:
+        floor: f, one number.
+        scales_R: s.
+        basis_IR: U, orthonormal columns.
+    """
+
+    floor: Tensor
+    scales_R: Tensor
+    basis_IR: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor, rank: int | None) -> Root:
+        """Of a symmetric matrix: its largest ``rank`` eigenvalues, and the mean of the others.
+
+        So S^2 has the trace of the matrix. All of a matrix of at most 2 ``rank`` rows is kept, and
+        eigenvalues that rounding left below 0 are 0. Of others the eigenvectors are approximate
+        (subspace iteration from the same start on every call). A matrix that is not finite has a
+        root that is not.
+        """
+        size, kept = len(matrix), _kept(len(matrix), rank)
+        trace = matrix.diagonal().sum(dtype=torch.float64)
+        if not bool(trace.isfinite()):
+            return cls.unpack(matrix.new_full((_packed(size, rank),), math.nan), size)
+        values, basis = _leading(matrix, kept)
+        values = values.clamp(min=0).double()
+        floor = ((trace - values.sum()) / max(1, size - kept)).clamp(min=0).sqrt()
+        floor = floor if kept < size else torch.zeros_like(floor)
+        return cls(floor.to(matrix).view(1), (values.sqrt() - floor).to(matrix), basis)
+
+    @classmethod
+    def unpack(cls, flat: Tensor, size: int) -> Root:
+        """The root that `packed` is of, of a matrix of ``size`` rows."""
+        kept = (len(flat) - 1) // (size + 1)
+        floor, scales, basis = flat.split([1, kept, size * kept])
+        return cls(floor, scales, basis.view(size, kept))
+
+    @property
+    def packed(self) -> Tensor:
+        """As one flat tensor."""
+        return torch.cat([self.floor, self.scales_R, self.basis_IR.flatten()])
+
+    def times(self, z_NI: Tensor) -> Tensor:
+        """z S, in 4 N I R operations."""
+        return (self.floor * z_NI).addmm_((z_NI @ self.basis_IR) * self.scales_R, self.basis_IR.T)
+
+
+def _kept(size: int, rank: int | None) -> int:
+    return size if rank is None or size <= 2 * rank else rank
+
+
+def _packed(size: int, rank: int | None) -> int:
+    return 1 + _kept(size, rank) * (size + 1)
+
+
+def _leading(matrix: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues and their vectors."""
+    if kept == len(matrix):
+        values, basis = torch.linalg.eigh(matrix.double())
+        return values.to(matrix), basis.to(matrix)
+    start = torch.Generator().manual_seed(0)
+    basis = torch.randn(len(matrix), kept + OVERSAMPLED, generator=start).to(matrix)
+    for _ in range(ITERATIONS):
+        basis = torch.linalg.qr(matrix @ basis).Q
+    values, turn = torch.linalg.eigh(basis.T @ matrix @ basis)
+    return values[-kept:], basis @ turn[:, -kept:]
+
+
+def roots(matrices: Sequence[Tensor], rank: int | None, world: World, name: str) -> list[Root]:
+    """The roots of symmetric matrices (`Root.of`); the same bits on all ranks.
+
+    Each rank factorizes its share.
     """
     found = []
     for index, matrix in enumerate(matrices):
-        root = torch.zeros_like(matrix)
-        if index % world.size == world.rank:
-            exact, failed = torch.linalg.cholesky_ex(matrix.double())
-            if failed:
-                values, vectors = torch.linalg.eigh(matrix.double())
-                exact = vectors * values.clamp(min=0).sqrt()
-            root = exact.to(matrix).contiguous()
-        found.append(world.broadcast_(root, root=index % world.size, name=f"{name}.{index}"
-                                      ).wait())
+        size, owner = len(matrix), index % world.size
+        flat = Root.of(matrix, rank).packed if owner == world.rank else \
+            matrix.new_zeros(_packed(size, rank))
+        found.append(Root.unpack(
+            world.broadcast_(flat, root=owner, name=f"{name}.{index}").wait(), size))
     return found

@@ -396,8 +396,8 @@ class NoiseState:
                                     f"{exchange.label}.layers")
         wanted = {layer: noise.observe_layer(bucket, layer, *factors, context)
                   for layer, (bucket, factors) in found.items()}
-        rooted = roots([each for pair in wanted.values() for each in pair], self.world,
-                       f"{exchange.label}.roots")
+        rooted = roots([each for pair in wanted.values() for each in pair], noise.rank,
+                       self.world, f"{exchange.label}.roots")
         for layer, pair in zip(wanted, zip(rooted[::2], rooted[1::2])):
             noise.take_roots(found[layer][0], layer, *pair, context)
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from hvdnoise.buckets import Bucket, Layout
-from hvdnoise.layers import Layer
+from hvdnoise.layers import Layer, Root
 
 Schedule = float | Callable[[int], float]
 
@@ -221,7 +221,13 @@ class MeanObservingNoise(Noise):
 
 
 class LayerNoise(Noise):
-    """A noise that is shown the Kronecker factors of layers (`hvdnoise.layers`)."""
+    """A noise that is shown the Kronecker factors of layers (`hvdnoise.layers`).
+
+    Args:
+        rank: eigenvalues that it wants of a factor of more than twice as many rows; None: all.
+    """
+
+    rank: int | None = None
 
     @abstractmethod
     def wants_layer(self, weight: str) -> bool:
@@ -241,9 +247,9 @@ class LayerNoise(Noise):
         """
 
     @abstractmethod
-    def take_roots(self, bucket: Bucket, layer: Layer, inputs_II: Tensor, outputs_OO: Tensor,
+    def take_roots(self, bucket: Bucket, layer: Layer, inputs: Root, outputs: Root,
                    context: StepContext) -> None:
-        """The roots: L with L L' what `observe_layer` returned; the same bits on every rank."""
+        """The roots of what `observe_layer` returned; the same bits on every rank."""
 
 
 class WeightingNoise(Noise):

@@ -57,6 +57,16 @@ class DiagonalCovariance(EqualTraceNoise):
             out.addcmul_(deviation_n, deviation_n)
 
     def mean_noise(self, bucket: Bucket, observation: Observation, context: StepContext) -> Tensor:
+        mean_N, factor = self._take_in(bucket, observation, context)
+        noise_N = streams.normal(bucket.size, self.seed, "diagonal", context.step, bucket.index,
+                                 device=bucket.device, dtype=bucket.dtype)
+        for noise_n, mean_n in zip(noise_N.split(CACHED), mean_N.split(CACHED)):
+            noise_n.mul_(mean_n.mul(factor).sqrt_())
+        return noise_N
+
+    def _take_in(self, bucket: Bucket, observation: Observation, context: StepContext
+                 ) -> tuple[Tensor, float]:
+        """The variances of one example, and what the noise's are in terms of them."""
         state = context.state
         if observation.statistics:
             if bucket.index == 0:  # the first
@@ -68,11 +78,7 @@ class DiagonalCovariance(EqualTraceNoise):
             state[bucket.key] = mean_N
         factor = self.missing_variance(context) * self.scaled(self._own_trace(state),
                                                               state["trace"])
-        noise_N = streams.normal(bucket.size, self.seed, "diagonal", context.step, bucket.index,
-                                 device=bucket.device, dtype=bucket.dtype)
-        for noise_n, mean_n in zip(noise_N.split(CACHED), state[bucket.key].split(CACHED)):
-            noise_n.mul_(mean_n.mul(factor).sqrt_())
-        return noise_N
+        return state[bucket.key], factor
 
     def _own_trace(self, state: MutableMapping[str, Any]) -> float:
         return float(state["mean trace"])

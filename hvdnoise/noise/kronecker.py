@@ -2,12 +2,14 @@
 
 For a layer with weight W (O, I) and bias, taken as one more column,
 
-    nu = sqrt(1/M - 1/B) L_G Z L_A',   L_A L_A' = A,  L_G L_G' = G,   Z ~ N(0, I) of (O, I+1)
+    nu = sqrt(1/M - 1/B) S_G Z S_A,   S_A^2 = A,  S_G^2 = G,   Z ~ N(0, I) of (O, I+1)
     so Cov(vec nu) = (1/M - 1/B) A (x) G
 
 with the running means of the factors A of its inputs and G of its output gradients
 (`hvdnoise.layers`), each with damping d: A + d tr(A)/(I+1) and G + d tr(G)/O on the diagonal. The
-second moments are those of single examples, not centred. All parameters that belong to no such
+second moments are those of single examples, not centred. Of a factor of more than 2 ``rank`` rows
+the ``rank`` largest eigenvalues are kept, and the mean of the others in their place: its trace is
+the factor's. All parameters that belong to no such
 layer, and the layers that are left out, get diagonal noise (`hvdnoise.noise.diagonal`).
 
 Factors are observed, averaged over the ranks and factorized in every n-th step only; each rank
@@ -31,7 +33,7 @@ from torch import Tensor
 
 from hvdnoise import streams
 from hvdnoise.buckets import Bucket
-from hvdnoise.layers import Layer
+from hvdnoise.layers import Layer, Root
 from hvdnoise.noise.base import LayerNoise, Observation, StepContext
 from hvdnoise.noise.diagonal import DiagonalCovariance
 
@@ -44,22 +46,26 @@ class KroneckerCovariance(DiagonalCovariance, LayerNoise):
     Args:
         decay: c of the running means of factors and variances, 0 <= c < 1.
         every: the n of "every n-th step", in which they are estimated.
+        rank: eigenvalues kept of a large factor; None: all of all, at (O + I) O I operations a
+            step in each layer.
         damping: d >= 0, added to the factors' diagonals, in units of their mean.
         layers: patterns of the names of weights, as "features.*": only such layers; default: all.
         skip: patterns of the names of weights of layers to leave out.
     """
 
     def __init__(self, emulated_batch: int, *, decay: float = 0.9, every: int = 20,
-                 damping: float = 1e-3, layers: list[str] | None = None,
+                 damping: float = 1e-3, rank: int | None = 32, layers: list[str] | None = None,
                  skip: list[str] | None = None, **options: Any) -> None:
         super().__init__(emulated_batch, decay=decay, every=every, **options)
         number = isinstance(damping, (int, float)) and not isinstance(damping, bool)
         if not (number and 0 <= damping < math.inf):
             raise ValueError(f"damping={damping!r} must be a number >= 0")
+        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+            raise ValueError(f"rank={rank!r} must be an integer >= 1, or None for all eigenvalues")
         for name, patterns in (("layers", layers), ("skip", skip)):
             if isinstance(patterns, str):
                 raise ValueError(f"{name}={patterns!r} must be a list of patterns: [{patterns!r}]")
-        self.damping = damping
+        self.damping, self.rank = damping, rank
         self.layers, self.skip = (None if each is None else tuple(each) for each in (layers, skip))
 
     def wants_layer(self, weight: str) -> bool:
@@ -76,44 +82,47 @@ class KroneckerCovariance(DiagonalCovariance, LayerNoise):
             mean = new if before is None else before.lerp(new, (1 - self.decay) / weight)
             state[f"{key} {name}"] = mean
             trace = float(mean.diagonal().double().sum())
-            shift = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
-            means.append(mean + shift * (self.damping * trace / len(mean)))
+            means.append(mean.clone())
+            means[-1].diagonal().add_(self.damping * trace / len(mean))
             traces *= trace * (1 + self.damping)
         state["layers"] = {**state.get("layers", {}), layer.weight: (layer.bias, traces)}
         return means[0], means[1]
 
-    def take_roots(self, bucket: Bucket, layer: Layer, inputs_II: Tensor, outputs_OO: Tensor,
+    def take_roots(self, bucket: Bucket, layer: Layer, inputs: Root, outputs: Root,
                    context: StepContext) -> None:
         key = f"{bucket.key} {layer.weight}"
-        context.state[f"{key} inputs root"] = inputs_II
-        context.state[f"{key} outputs root"] = outputs_OO
-        context.state["roots"] = {**context.state.get("roots", {}), layer.weight: key}
+        context.state[f"{key} inputs root"] = inputs.packed
+        context.state[f"{key} outputs root"] = outputs.packed
+        sizes = key, len(inputs.basis_IR), len(outputs.basis_IR)
+        context.state["roots"] = {**context.state.get("roots", {}), layer.weight: sizes}
 
     def mean_noise(self, bucket: Bucket, observation: Observation, context: StepContext) -> Tensor:
-        noise_N = super().mean_noise(bucket, observation, context)
-        state = context.state
-        of = {name: (weight, name == weight) for weight, (bias, _) in state["layers"].items()
-              for name in (weight, bias) if name is not None} if "layers" in state else {}
-        deviation = math.sqrt(self.missing_variance(context)
-                              * self.scaled(self._own_trace(state), state["trace"]))
+        mean_N, factor = self._take_in(bucket, observation, context)
+        noise_N, layers = torch.empty_like(mean_N), context.state.get("layers", {})
+        of = {name: weight for weight, (bias, _) in layers.items() for name in (weight, bias)}
+        samples: dict[str, Tensor] = {}
         for t, name in enumerate(bucket.names):
-            if name not in of:
+            weight, part = of.get(name), bucket.view(noise_N, t)
+            if weight is None:
+                z = streams.normal(bucket.shapes[t], self.seed, "diagonal", context.step, name,
+                                   device=bucket.device, dtype=bucket.dtype)
+                torch.mul(z, bucket.view(mean_N, t).mul(factor).sqrt_(), out=part)
                 continue
-            weight, is_weight = of[name]
-            sample_OI = self._sample(weight, context)
-            has_bias = state["layers"][weight][0] is not None
-            part = sample_OI[:, :sample_OI.shape[1] - has_bias] if is_weight else sample_OI[:, -1]
-            bucket.view(noise_N, t).copy_(part.reshape(bucket.shapes[t])).mul_(deviation)
+            if weight not in samples:
+                samples[weight] = self._sample(weight, context).mul_(math.sqrt(factor))
+            has_bias, sample_OI = layers[weight][0] is not None, samples[weight]
+            part.copy_((sample_OI[:, :sample_OI.shape[1] - has_bias] if name == weight
+                        else sample_OI[:, -1]).reshape(part.shape))
         return noise_N
 
     def _sample(self, weight: str, context: StepContext) -> Tensor:
-        """(O, I+1): L_G Z L_A'."""
-        key = context.state["roots"][weight]
-        inputs_II, outputs_OO = (context.state[f"{key} {name} root"]
-                                 for name in ("inputs", "outputs"))
-        z_OI = streams.normal((len(outputs_OO), len(inputs_II)), self.seed, "kronecker",
-                              context.step, weight, device=inputs_II.device, dtype=inputs_II.dtype)
-        return outputs_OO @ z_OI @ inputs_II.T
+        """(O, I+1): S_G Z S_A."""
+        key, I, O = context.state["roots"][weight]
+        inputs, outputs = (Root.unpack(context.state[f"{key} {name} root"], size)
+                           for name, size in (("inputs", I), ("outputs", O)))
+        z_OI = streams.normal((O, I), self.seed, "kronecker", context.step, weight,
+                              device=inputs.floor.device, dtype=inputs.floor.dtype)
+        return outputs.times(inputs.times(z_OI).T).T
 
     def _take_in_traces(self, observation: Observation, context: StepContext) -> None:
         super()._take_in_traces(observation, context)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvdnoise import CovarianceNoise, DistributedOptimizer, streams
-from hvdnoise.layers import roots, rows_of
+from hvdnoise.layers import Root, roots, rows_of
 from hvdnoise.noise import StepContext
 from tests import reference
 from tests.fake_world import ThreadWorld, run_threads
@@ -44,6 +44,11 @@ def factors(net: Net, step: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {name: (a, g) for name, (a, g) in found.items()}
 
 
+def root(matrix: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(matrix)
+    return np.asarray(vectors * np.sqrt(values.clip(min=0)) @ vectors.T)
+
+
 def dense_run(dense: Dense, *, decay: float, every: int, damping: float, skip: bool = False,
               trace: float | None = None) -> None:
     seen: list[Any] = []
@@ -61,7 +66,9 @@ def dense_run(dense: Dense, *, decay: float, every: int, damping: float, skip: b
         weights = weights / weights.sum()
         missing = 1 / M - 1 / (W * B)
         variance_P = sum(w * d for w, d in zip(weights, diagonals))
-        normals_P = dense.normals("diagonal", step, seed=3)
+        normals_P = np.concatenate([
+            streams.normal(p.numel(), 3, "diagonal", step, name, dtype=torch.float64).numpy()
+            for name, p in net.named_parameters()])
         nu_P, total = np.sqrt(variance_P) * normals_P, 0.0
         first = 0
         for name in ("first.weight", "last.weight"):
@@ -77,7 +84,7 @@ def dense_run(dense: Dense, *, decay: float, every: int, damping: float, skip: b
                 pair.append(mean + damping * np.trace(mean) / len(mean) * np.eye(len(mean)))
             total += np.trace(pair[0]) * np.trace(pair[1])
             z = streams.normal((O, I + 1), 3, "kronecker", step, name, dtype=torch.float64).numpy()
-            n = np.linalg.cholesky(pair[1]) @ z @ np.linalg.cholesky(pair[0]).T
+            n = root(pair[1]) @ z @ root(pair[0])
             nu_P[first:first + size] = np.concatenate([n[:, :I].ravel(), n[:, I]])
             first += size
         scale = 1.0 if trace is None else trace / total
@@ -222,13 +229,12 @@ def test_a_convolution_and_a_sequence_in_a_step() -> None:
 def test_its_law_over_ten_thousand_draws() -> None:
     """All numbers of a layer against A (x) G; a false alarm for one choice of seeds in 10^6."""
     noise = kronecker(damping=0.0)
-    root_A = torch.tensor([[1.0, 0.0], [0.7, 0.5]], dtype=torch.float64)
-    root_G = torch.tensor([[2.0, 0.0, 0.0], [-1.0, 0.3, 0.0], [0.2, 0.1, 1.0]],
-                          dtype=torch.float64)
-    state = {"roots": {"w": "w"}, "w inputs root": root_A, "w outputs root": root_G}
+    A, G = (torch.tensor(each, dtype=torch.float64) for each in (
+        [[1.0, 0.7], [0.7, 0.74]], [[4.0, -2.0, 0.4], [-2.0, 1.1, 0.3], [0.4, 0.3, 1.5]]))
+    state = {"roots": {"w": ("w", 2, 3)}, "w inputs root": Root.of(A, None).packed,
+             "w outputs root": Root.of(G, None).packed}
     draws = torch.stack([noise._sample("w", StepContext(step, 1, range(1), 4, state)).flatten()
                          for step in range(10_000)])
-    A, G = (root @ root.T for root in (root_A, root_G))
     assert_normal(draws, np.kron(G.numpy(), A.numpy()))
     with pytest.raises(AssertionError):
         assert_normal(draws, 1.15 * np.kron(G.numpy(), A.numpy()))
@@ -260,10 +266,40 @@ def test_other_runs_of_autograd_are_left_out() -> None:
         assert relative_error(other[key], plain[key]) < 1e-12
 
 
+def square_of(found: Root) -> Tensor:
+    S = found.times(torch.eye(len(found.basis_IR), dtype=torch.float64))
+    assert relative_error(S, S.T) < 1e-12
+    return S @ S
+
+
 def test_roots_of_singular_matrices() -> None:
     v = torch.tensor([[1.0], [2.0], [-1.0]], dtype=torch.float64)
-    (root,) = run_threads(1, lambda world: roots([v @ v.T], world, "roots"))[0]
-    assert relative_error(root @ root.T, v @ v.T) < 1e-12
+    (found,) = run_threads(1, lambda world: roots([v @ v.T], None, world, "roots"))[0]
+    assert relative_error(square_of(found), v @ v.T) < 1e-12
+
+
+def test_the_largest_eigenvalues_of_a_large_factor_and_its_trace() -> None:
+    torch.manual_seed(0)
+    vectors = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64)).Q
+    values = 0.5 ** torch.arange(40, dtype=torch.float64)
+    matrix = vectors * values @ vectors.T
+    for ranks in (1, 2):
+        for found in run_threads(ranks, lambda world: roots([matrix] * 3, 8, world, "roots")):
+            for each in found:
+                square = square_of(each)
+                assert each.basis_IR.shape == (40, 8)
+                assert float(square.trace()) == pytest.approx(float(matrix.trace()), rel=1e-12)
+                kept, others = torch.linalg.eigvalsh(square).flip(0).split([8, 32])
+                assert relative_error(kept, values[:8]) < 1e-9
+                assert relative_error(others, torch.full((32,), values[8:].mean())) < 1e-9
+    whole = Root.of(matrix, 20)  # of 2 x 20 rows: all of it
+    assert relative_error(square_of(whole), matrix) < 1e-12
+
+
+def test_a_factor_that_is_not_finite_makes_the_noise_so() -> None:
+    for rank in (None, 1):
+        found = Root.of(torch.full((4, 4), float("nan")), rank)
+        assert found.times(torch.ones(2, 4)).isnan().all()
 
 
 def test_models_are_copied_and_pickled_without_it() -> None:
@@ -281,6 +317,7 @@ def test_models_are_copied_and_pickled_without_it() -> None:
 @pytest.mark.parametrize("options, says", [
     ({"damping": -1.0}, "damping=-1.0 must be a number >= 0"),
     ({"layers": "first"}, "layers='first' must be a list"),
+    ({"rank": 0}, "rank=0 must be an integer >= 1, or None"),
     ({"every": 0}, "every=0 must be an integer >= 1")])
 def test_bad_options(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says) as caught:
