@@ -148,7 +148,7 @@ class LayerStatistics:
                 for sums in self._sums.values()]
         seen = {each[0]: each for rank in world.gather_json(mine, name=f"{name}.seen")
                 for each in rank}
-        found = {}
+        sent = []
         for bucket in layout.buckets:
             dtype = torch.promote_types(bucket.dtype, torch.float32)
             for weight in filter(seen.__contains__, bucket.names):
@@ -157,11 +157,30 @@ class LayerStatistics:
                                                            bucket.device)
                 flat = torch.cat([sums.inputs_II.flatten(), sums.scaled_OO.flatten(),
                                   sums.inputs_II.new_full((1,), float(sums.rows))])
-                flat = world.allreduce_(flat, name=f"{name}.{weight}", op="sum").wait()
-                A, G, rows = flat.split([I * I, O * O, 1])
-                found[sums.layer] = bucket, (A.view(I, I) / examples,
-                                             G.view(O, O) / max(1.0, float(rows)))
+                sent.append((bucket, sums.layer, I, O, world.allreduce_(
+                    flat, name=f"{name}.{weight}", op="sum")))
+        self._sums.clear()
+        found = {}
+        for bucket, layer, I, O, handle in sent:
+            A, G, rows = handle.wait().split([I * I, O * O, 1])
+            found[layer] = bucket, (A.view(I, I) / examples,
+                                    G.view(O, O) / max(1.0, float(rows)))
         return found
+
+
+def layer_sizes(layout: Layout, wanted: Callable[[str], bool]) -> Iterator[tuple[int, int, int]]:
+    """(I, O, bytes of a number) of what look like layers: weights of two dimensions or more."""
+    names = {name for bucket in layout.buckets for name in bucket.names}
+    for bucket in layout.buckets:
+        for name, shape in zip(bucket.names, bucket.shapes):
+            if name.endswith("weight") and len(shape) > 1 and wanted(name):
+                bias = name.removesuffix("weight") + "bias" in names
+                yield math.prod(shape[1:]) + bias, shape[0], bucket.dtype.itemsize
+
+
+def layer_bytes(I: int, O: int, itemsize: int, rank: int | None) -> tuple[int, int]:
+    """Bytes of a layer's two factors, and of their roots."""
+    return (I * I + O * O) * itemsize, (_packed(I, rank) + _packed(O, rank)) * itemsize
 
 
 def is_known(module: nn.Module) -> bool:
@@ -284,13 +303,22 @@ def _leading(matrix: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 def roots(matrices: Sequence[Tensor], rank: int | None, world: World, name: str) -> list[Root]:
     """The roots of symmetric matrices (`Root.of`); the same bits on all ranks.
 
-    Each rank factorizes its share.
+    Each rank factorizes its share, and the ranks at the same time.
     """
-    found = []
-    for index, matrix in enumerate(matrices):
-        size, owner = len(matrix), index % world.size
-        flat = Root.of(matrix, rank).packed if owner == world.rank else \
-            matrix.new_zeros(_packed(size, rank))
-        found.append(Root.unpack(
-            world.broadcast_(flat, root=owner, name=f"{name}.{index}").wait(), size))
-    return found
+    sizes = [len(matrix) for matrix in matrices]
+    owners = _shares([size * size * _kept(size, rank) for size in sizes], world.size)
+    packed = [Root.of(matrix, rank).packed if owner == world.rank else
+              matrix.new_zeros(_packed(len(matrix), rank))
+              for matrix, owner in zip(matrices, owners)]
+    handles = [world.broadcast_(flat, root=owner, name=f"{name}.{index}")
+               for index, (flat, owner) in enumerate(zip(packed, owners))]
+    return [Root.unpack(handle.wait(), size) for handle, size in zip(handles, sizes)]
+
+
+def _shares(costs: Sequence[float], ranks: int) -> list[int]:
+    """The rank of each task: the costly first, each to who has least."""
+    owners, load = [0] * len(costs), [0.0] * ranks
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+        owners[index] = load.index(min(load))
+        load[owners[index]] += costs[index]
+    return owners

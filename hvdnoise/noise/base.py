@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from hvdnoise.buckets import Bucket, Layout
-from hvdnoise.layers import Layer, Root
+from hvdnoise.layers import Layer, Root, layer_bytes, layer_sizes
 
 Schedule = float | Callable[[int], float]
 
@@ -169,6 +169,10 @@ class Noise(ABC):
         return 0 if self.statistics is None else sum(
             self.statistics.new(bucket, "meta").nbytes for bucket in layout.buckets)
 
+    def kept_bytes(self, layout: Layout) -> int:
+        """Bytes of what it makes of statistics and keeps."""
+        return self.sums_bytes(layout) if self.keeps_sums else 0
+
     def describe(self) -> dict[str, Any]:
         """What must be equal on all ranks."""
         return {key: repr(value) for key, value in sorted(vars(self).items())
@@ -228,6 +232,18 @@ class LayerNoise(Noise):
     """
 
     rank: int | None = None
+
+    def statistics_bytes(self, layout: Layout) -> int:
+        factors, roots = self._factor_bytes(layout)  # a broadcast has half the bytes of a sum
+        return super().statistics_bytes(layout) + (factors + roots // 2) // self.every
+
+    def kept_bytes(self, layout: Layout) -> int:
+        return super().kept_bytes(layout) + sum(self._factor_bytes(layout))
+
+    def _factor_bytes(self, layout: Layout) -> tuple[int, int]:
+        """Of the factors and of their roots, as the parameters' names and shapes tell."""
+        found = [layer_bytes(*layer, self.rank) for layer in layer_sizes(layout, self.wants_layer)]
+        return sum(each[0] for each in found), sum(each[1] for each in found)
 
     @abstractmethod
     def wants_layer(self, weight: str) -> bool:

@@ -106,8 +106,8 @@ def noise_memory(noise: Noise | None, layout: Layout, V: int) -> int:
     forward = kept + past + displaced + (rows if V > 1 and noise.lag > 0 else 0)
     end = kept + bool(kept) + rows + (past if noise.lag > 0 else 0)
     nbytes = sum(bucket.size * bucket.dtype.itemsize for bucket in layout.buckets)
-    sums = sum(each.sums_bytes(layout) * (1 + each.keeps_sums if each.rows is None else
-                                          each.lag + 1) for each in parts_of(noise))
+    sums = sum(each.sums_bytes(layout) * (1 if each.rows is None else each.lag + 1)
+               + (each.kept_bytes(layout) if each.rows is None else 0) for each in parts_of(noise))
     return max(forward, end) * nbytes + sums
 
 

@@ -17,6 +17,9 @@ from hvdnoise.quadratic.theory import (
 )
 
 DECAY, EVERY = 0.5, 3  # of the diagonal from examples, whose second moments change in time
+_OPTIONS: dict[tuple[str, str], dict[str, float]] = {
+    ("diagonal", "examples"): {"decay": DECAY, "every": EVERY},
+    ("kronecker", "workers"): {"decay": DECAY, "every": EVERY, "damping": 0.0}}
 GNC_SOURCES = {"own": "", "gathered": "full", "isotropic": "isotropic", "layerwise": "layerwise"}
 
 
@@ -29,6 +32,7 @@ class Case:
         noise: makes it for a problem, from a seed.
         law: makes its law for a problem.
         on_weights: whether it is GNC.
+        in_layers: whether theta is the weight of a layer.
         silent: whether the mean gradient has no noise at all.
     """
 
@@ -36,21 +40,23 @@ class Case:
     noise: Callable[[Problem, int], Noise | None]
     law: Callable[[Problem], Law]
     on_weights: bool = False
+    in_layers: bool = False
     silent: bool = False
 
 
 def _covariance(structure: str, source: str) -> Case:
     pair = structure, source
-    options = {"decay": DECAY, "every": EVERY} if pair == ("diagonal", "examples") else {}
 
     def noise(problem: Problem, seed: int) -> Noise:
         return CovarianceNoise(structure, problem.emulated_batch, source=source,
-                               batch_size=problem.batch_size, seed=seed, **options)
+                               batch_size=problem.batch_size, seed=seed,
+                               **_OPTIONS.get(pair, {}))
     laws: dict[tuple[str, str], Callable[[Problem], Law]] = {
         ("full", "examples"): ExamplesLaw,
         ("diagonal", "examples"): lambda problem: ExamplesDiagonalLaw(problem, DECAY, EVERY)}
     return Case(f"{structure}-{source}", noise,
-                laws.get(pair, lambda problem: CovarianceLaw(problem, structure)))
+                laws.get(pair, lambda problem: CovarianceLaw(problem, structure)),
+                in_layers=structure == "kronecker")
 
 
 def _gnc(source: str, structure: str) -> Case:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Iterator
+from typing import Any, Iterator
 
 import numpy as np
 
@@ -35,9 +35,11 @@ from hvdnoise.quadratic.problem import (
     START,
     Array,
     Cubic,
+    Layers,
     Problem,
     Quadratic,
     follow,
+    layer_pulls,
     pulls,
 )
 
@@ -87,9 +89,12 @@ def quadratic(case: Case, problem: Problem, world: World, seeds: Iterator[int], 
     runs = []
     for number in range(replicas):
         seed = next(seeds)
-        x_TWbKP = pulls(problem, steps, seed=seed)
-        before, after, gradients = follow(Quadratic(), problem, case.noise(problem, seed), world,
-                                          x_TWbKP)
+        model: Layers | Quadratic = Layers() if case.in_layers else Quadratic()
+        batches: Any = (x_TWbKP := pulls(problem, steps, seed=seed))
+        if case.in_layers:
+            batches, x_TWbKP = layer_pulls(problem, steps, seed)
+        before, after, gradients = follow(model, problem, case.noise(problem, seed), world,
+                                          batches)
         noise = gradients - before @ HESSIAN - x_TWbKP.mean((1, 2)).numpy()
         runs.append(_quantities(problem, after, noise))
         yield None

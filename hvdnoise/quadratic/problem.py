@@ -2,7 +2,9 @@
 
 Example n has the loss theta'A theta/2 + x_n'theta, with x_n ~ N(0, C) drawn anew in each step. So
 one example's gradient has the covariance C wherever the weights are, and C = A here (Fisher =
-Hessian). theta is two tensors of two numbers.
+Hessian). theta is two tensors of two numbers. C is a Kronecker product G (x) A of two covariances,
+so that theta may also be the weight (2, 2) of a linear layer and x_n = g_n (x) a_n, with the
+layer's input a_n ~ N(0, A) and its output's gradient g_n ~ N(0, G), which Kronecker noise sees.
 
 K such problems are trained at once, with x_n of their own: theta is K rows of P = 4 numbers, and an
 example's loss is the sum over them. Every noise then has the law of one problem in each of them:
@@ -27,12 +29,11 @@ from hvdnoise.noise import Noise
 
 Array = NDArray[np.float64]
 SIZES = (2, 2)
-_VARIANCES = np.array([1.0, 0.4, 0.5, 0.2])
-_CORRELATION = 0.4
-HESSIAN: Array = np.sqrt(np.outer(_VARIANCES, _VARIANCES)) * (
-    _CORRELATION + (1 - _CORRELATION) * np.eye(len(_VARIANCES)))
+INPUTS: Array = np.array([[1.0, 0.25], [0.25, 0.4]])  # A of a layer
+OUTPUTS: Array = np.array([[1.0, 0.28], [0.28, 0.5]])  # G
+HESSIAN: Array = np.asarray(np.kron(OUTPUTS, INPUTS), dtype=np.float64)
 START: Array = np.array([1.0, -1.0, 1.0, -1.0])
-COPIES = 32  # K
+COPIES, LAYERS = 32, 8  # K; in layers, which cost more
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,11 @@ class Rows(nn.Module):
     @property
     def theta(self) -> Tensor:
         """(K, P)"""
-        return torch.cat(list(self.parts), dim=1)
+        return self.rows(list(self.parts))
+
+    def rows(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Of tensors like its parameters: (K, P)."""
+        return torch.cat(list(tensors), dim=1)
 
 
 class Quadratic(Rows):
@@ -98,6 +103,31 @@ class Quadratic(Rows):
         return quadratic + (x_bKP * theta_KP).sum((1, 2))
 
 
+class Layers(nn.Module):
+    """The quadratic with K = `LAYERS` linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        outputs, inputs = len(OUTPUTS), len(INPUTS)
+        self.layers = nn.ModuleList(
+            nn.Linear(inputs, outputs, bias=False, dtype=torch.float64) for _ in range(LAYERS))
+        self.hessian_PP = torch.from_numpy(HESSIAN)
+        with torch.no_grad():
+            for weight in self.parameters():
+                weight.copy_(torch.from_numpy(START).view(outputs, inputs))
+
+    def rows(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Of tensors like its parameters: (K, P)."""
+        return torch.stack([each.flatten() for each in tensors])
+
+    def forward(self, a_bKI: Tensor, g_bKO: Tensor) -> Tensor:
+        """(b,)"""
+        theta_KP = self.rows(list(self.parameters()))
+        quadratic = 0.5 * (theta_KP * (theta_KP @ self.hessian_PP)).sum()
+        outputs_bKO = torch.stack([layer(a_bKI[:, k]) for k, layer in enumerate(self.layers)], 1)
+        return quadratic + (g_bKO * outputs_bKO).sum((1, 2))
+
+
 class Cubic(Rows):
     """The losses c sum theta^3 + x_n'theta, from theta = 0."""
 
@@ -111,14 +141,23 @@ class Cubic(Rows):
         return self.cubic * (theta_KP ** 3).sum() + (x_bKP * theta_KP).sum((1, 2))
 
 
-def pulls(problem: Problem, steps: int, *key: int | str, seed: int) -> Tensor:
-    """(T, W, b, K, P): the x_n of all workers; the same on all ranks."""
-    root = torch.from_numpy(np.linalg.cholesky(HESSIAN))
-    shape = (steps, problem.workers, problem.batch_size, COPIES, len(HESSIAN))
+def pulls(problem: Problem, steps: int, *key: int | str, seed: int, of: Array = HESSIAN,
+          copies: int = COPIES) -> Tensor:
+    """(T, W, b, K, P): the x_n of all workers, with covariance ``of``; the same on all ranks."""
+    root = torch.from_numpy(np.linalg.cholesky(of))
+    shape = (steps, problem.workers, problem.batch_size, copies, len(of))
     return streams.normal(shape, seed, "quadratic", *key, dtype=torch.float64) @ root.T
 
 
-def follow(model: Rows, problem: Problem, noise: Noise | None, world: World,
+def layer_pulls(problem: Problem, steps: int, seed: int) -> tuple[list[list[Any]], Tensor]:
+    """By step and worker, the inputs of `Layers`; and the x_n as those of `pulls`."""
+    a, g = (pulls(problem, steps, name, seed=seed, of=of, copies=LAYERS)
+            for name, of in (("inputs", INPUTS), ("outputs", OUTPUTS)))
+    x_TWbKP = (g[..., :, None] * a[..., None, :]).flatten(-2)
+    return [[*zip(a_WbKI, g_WbKO)] for a_WbKI, g_WbKO in zip(a, g)], x_TWbKP
+
+
+def follow(model: Rows | Layers, problem: Problem, noise: Noise | None, world: World,
            batches: Any) -> tuple[Array, Array, Array]:
     """Train a model, one step for each of the batches.
 
@@ -135,7 +174,7 @@ def follow(model: Rows, problem: Problem, noise: Noise | None, world: World,
         virtual_workers=problem.workers // world.size)
     before, after, gradients = [], [], []
     for batch in batches:
-        before.append(_numbers(model.parts))
+        before.append(_numbers(model, model.parameters()))
         optimizer.zero_grad()
         for worker in optimizer.workers:
             inputs = batch[worker]
@@ -144,13 +183,13 @@ def follow(model: Rows, problem: Problem, noise: Noise | None, world: World,
             losses = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
             optimizer.weigh(losses).backward()
         optimizer.synchronize()
-        gradients.append(_numbers([part.grad for part in model.parts]))
+        gradients.append(_numbers(model, [part.grad for part in model.parameters()]))
         with optimizer.skip_synchronize():
             optimizer.step()
-        after.append(_numbers(model.parts))
+        after.append(_numbers(model, model.parameters()))
     return np.stack(before), np.stack(after), np.stack(gradients)
 
 
-def _numbers(parts_KP: Iterable[Any]) -> Array:
-    rows: Array = torch.cat([part.detach() for part in parts_KP], dim=1).numpy().copy()
+def _numbers(model: Rows | Layers, tensors: Iterable[Any]) -> Array:
+    rows: Array = model.rows([each.detach() for each in tensors]).numpy().copy()
     return rows

@@ -29,7 +29,7 @@ import numpy as np
 from hvdnoise.quadratic.problem import HESSIAN, SIZES, Array, Problem
 
 COVARIANCE = HESSIAN  # C
-FORMULAS = ("full", "diagonal", "isotropic", "layerwise")
+FORMULAS = ("full", "diagonal", "kronecker", "isotropic", "layerwise")
 
 
 def structured(structure: str, covariance_PP: Array, sizes: Sequence[int] = SIZES) -> Array:
@@ -39,7 +39,7 @@ def structured(structure: str, covariance_PP: Array, sizes: Sequence[int] = SIZE
         structure: one of `FORMULAS`.
         sizes: of the parameter tensors, for layerwise.
     """
-    if structure == "full":
+    if structure in ("full", "kronecker"):  # C is a Kronecker product
         return covariance_PP
     if structure == "diagonal":
         return np.diag(np.diag(covariance_PP))

@@ -2,7 +2,8 @@
 
     RUN/config.yaml          the settings, as `hvdnoise train --config` takes them
     RUN/environment.json     versions, ranks, hosts
-    RUN/metrics.jsonl        one JSON object a line, "kind": "train" (every log interval) or "test"
+    RUN/metrics.jsonl        one JSON object a line, "kind": "train" (every log interval), "test"
+                             or "covariance" (`hvdnoise.spectrum`)
     RUN/tensorboard/         the same numbers as events
     RUN/summary.json         how the run ended; there is none before
     RUN/weights*.pt          state dicts: final, best test accuracy, moving average

@@ -12,8 +12,9 @@ from typing import Any, Callable
 
 import numpy as np
 import torch
+from torch import nn
 
-from hvdnoise import GNC, PNM, SAM, CovarianceNoise, MomentumSAM
+from hvdnoise import GNC, PNM, SAM, CovarianceNoise, DistributedOptimizer, MomentumSAM, streams
 from hvdnoise.comm import World
 from hvdnoise.training.config import TrainConfig
 from hvdnoise.training.options import parse
@@ -167,6 +168,31 @@ def check_noise_on_the_gradient_has_its_law(world: World) -> None:
         gradients = linear.drive(world, noise, SAMPLES)[1]  # type: ignore[arg-type]
         assert_normal(gradients - gradients_BP.mean(dim=0), reference.noise_covariance(
             structure, covariance_PP, len(gradients_BP), M), f"{structure} from {source}")
+
+
+@on("gloo-2", "mpi-4")
+def check_kronecker_noise_has_its_law(world: World) -> None:
+    """100 layers alike in 100 steps: 10,000 draws."""
+    a_WbI, g_WbO = (streams.normal((W, linear.B_WORKER, size), 5, "law", size, dtype=torch.float64)
+                    for size in (2, 3))
+    layers = nn.ModuleList(nn.Linear(2, 3, dtype=torch.float64) for _ in range(100))
+    optimizer = DistributedOptimizer(
+        torch.optim.SGD(layers.parameters(), lr=0.0), layers.named_parameters(),
+        noise=CovarianceNoise("kronecker", M, damping=0.0), virtual_workers=W // world.size,
+        world=world)
+    draws = []
+    for _ in range(100):
+        optimizer.zero_grad()
+        for v in optimizer.workers:
+            outputs = torch.stack([layer(a_WbI[v]) for layer in layers])
+            (outputs * g_WbO[v]).sum().div(linear.B_WORKER).backward()
+        optimizer.step()
+        draws += [torch.cat([layer.weight.grad, layer.bias.grad[:, None]], 1).flatten()
+                  for layer in layers]
+    a_BI = torch.cat([a_WbI, torch.ones_like(a_WbI[..., :1])], 2).flatten(0, 1)
+    g_BO, B = g_WbO.flatten(0, 1), W * linear.B_WORKER
+    assert_normal(torch.stack(draws) - (g_BO.T @ a_BI / B).flatten(),
+                  (1 / M - 1 / B) * np.kron(g_BO.T @ g_BO / B, a_BI.T @ a_BI / B))
 
 
 # ---- refusals, last: they leave a step unfinished

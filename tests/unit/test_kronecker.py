@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvdnoise import CovarianceNoise, DistributedOptimizer, streams
+from hvdnoise.buckets import default_layout
 from hvdnoise.layers import Root, roots, rows_of
 from hvdnoise.noise import StepContext
+from hvdnoise.planning.outline import noise_memory
 from tests import reference
 from tests.fake_world import ThreadWorld, run_threads
 from tests.laws import assert_normal
@@ -312,6 +314,25 @@ def test_models_are_copied_and_pickled_without_it() -> None:
         del optimizer
         losses(*(model(batch(0, 0)[0]), batch(0, 0)[1])).mean().backward()
     run_threads(1, work)
+
+
+def test_the_plan_knows_its_memory_and_bytes() -> None:
+    noise = kronecker(every=4, rank=1)
+
+    def work(world: ThreadWorld) -> tuple[int, int]:
+        model, optimizer = build(world, noise, V=2)
+        train(model, optimizer, 5, b=B)
+        layout = default_layout(list(model.named_parameters()))
+        return optimizer.noise_memory, noise_memory(noise, layout, 2)
+    for found, expected in run_threads(2, work):
+        assert found == expected
+    layout = default_layout(list(Net().named_parameters()))
+    sizes = [(p.shape[1] + 1, p.shape[0]) for p in Net().parameters() if p.dim() == 2]
+    factors = sum(8 * (I * I + O * O) for I, O in sizes)
+    roots = sum(8 * (1 + size * size + size if size <= 2 else 2 + size)
+                for pair in sizes for size in pair)
+    P = layout.numbers
+    assert noise.statistics_bytes(layout) == 8 + 8 * P // 4 + (factors + roots // 2) // 4
 
 
 @pytest.mark.parametrize("options, says", [
