@@ -63,8 +63,8 @@ class Bucket:
 
     def view(self, flat: Tensor, t: int) -> Tensor:
         """The part of one parameter."""
-        part = flat[self.starts[t]:self.starts[t] + self.sizes[t]]
-        return part.as_strided(self.shapes[t], self.strides[t])
+        return flat.as_strided(self.shapes[t], self.strides[t],
+                               flat.storage_offset() + self.starts[t])
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import time
 from collections import deque
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hvdnoise.buckets import Bucket, Layout
@@ -163,11 +164,10 @@ class Exchange:
                 view.add_(grad, alpha=factor)
         elif grad is None:
             view.zero_()
-        else:
-            if grad.data_ptr() != view.data_ptr():
-                view.copy_(grad)
-            if factor != 1:
-                view.mul_(factor)
+        elif factor != 1:
+            torch.mul(grad, factor, out=view)
+        elif grad.data_ptr() != view.data_ptr():
+            view.copy_(grad)
 
     def _dense_gradient(self, p: Tensor, task: BucketTask, t: int) -> Tensor | None:
         """``p.grad`` as a dense tensor; None where it is missing or travels as a sparse one."""

@@ -244,7 +244,6 @@ class NoiseState:
         """Of the steps so far."""
         return self._weights.coverage if self._weights is not None else NoiseCoverage()
 
-    @torch.no_grad()
     def terms(self, v: int, learning_rates: Rates) -> dict[Tensor, Term]:
         """The delta of each parameter for this rank's worker number ``v``; see `Displacements`."""
         if self._weights is None:
@@ -253,7 +252,8 @@ class NoiseState:
         if not self._weights.are_of(due, v):
             state = self._kept.of_displacement(self._weights.noise)
             context = replace(self.context(), state=state)
-            self._weights.form(due, v, context, learning_rates, measure=self.measure)
+            with torch.no_grad():
+                self._weights.form(due, v, context, learning_rates, measure=self.measure)
             self._note_memory(self._weights.memory)
         return self._weights.terms
 

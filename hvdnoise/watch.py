@@ -153,8 +153,11 @@ class ModelWatch:
         """p + delta; p itself where it is frozen."""
         if not p.requires_grad:
             return p
-        with torch.inference_mode(False), torch.enable_grad():
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
             displaced = torch.add(p, term.unit.to(p), alpha=term.factor)
+        else:
+            with torch.inference_mode(False), torch.enable_grad():
+                displaced = torch.add(p, term.unit.to(p), alpha=term.factor)
         reference = weakref.ref(self)
         displaced.register_hook(lambda grad: _note_reached(reference, p, term))
         displaced._hvdnoise_parameter = p  # type: ignore[attr-defined]

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, Literal, MutableMapping, Sequence, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hvdnoise.buckets import Bucket, Layout
@@ -445,12 +446,11 @@ def square_norm(part: Tensor) -> Tensor:
 
 def square_norms(part_Kn: Tensor, bucket: Bucket, start: int) -> Tensor:
     """(T,) float64: for each parameter of the bucket, the sum of its squares in all rows there."""
-    squares = torch.zeros(len(bucket.sizes), dtype=torch.float64, device=part_Kn.device)
     stop = start + part_Kn.shape[1]
-    first = bisect_right(bucket.starts, start) - 1
-    for t in range(first, bisect_left(bucket.starts, stop)):
-        low = max(bucket.starts[t], start) - start
-        high = min(bucket.starts[t] + bucket.sizes[t], stop) - start
-        if high > low:
-            squares[t] = square_norm(part_Kn[:, low:high])[0]
-    return squares
+    first, end = bisect_right(bucket.starts, start) - 1, bisect_left(bucket.starts, stop)
+    inside = [part_Kn[:, max(bucket.starts[t], start) - start:
+                      min(bucket.starts[t] + bucket.sizes[t], stop) - start]
+              for t in range(first, end)]
+    squares = torch.stack([square_norm(each)[0] for each in inside]) if inside else \
+        torch.zeros(0, dtype=torch.float64, device=part_Kn.device)
+    return F.pad(squares, (first, len(bucket.sizes) - end))

@@ -35,6 +35,7 @@ class LayerwiseCovariance(EqualTraceNoise):
         factor = self.missing_variance(context) * estimate * self.scaled(trace, trace)
         noise_N = streams.normal(bucket.size, self.seed, "layerwise", context.step, bucket.index,
                                  device=bucket.device, dtype=bucket.dtype)
-        for t, squares in enumerate(observation.statistics[bucket.index].tolist()):
-            bucket.view(noise_N, t).mul_((factor * squares / bucket.sizes[t]) ** 0.5)
+        squares = observation.statistics[bucket.index].tolist()
+        for noise_n, size, square in zip(noise_N.split(bucket.sizes), bucket.sizes, squares):
+            noise_n.mul_((factor * square / size) ** 0.5)
         return noise_N
