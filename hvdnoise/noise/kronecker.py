@@ -7,10 +7,10 @@ For a layer with weight W (O, I) and bias, taken as one more column,
 
 with the running means of the factors A of its inputs and G of its output gradients
 (`hvdnoise.layers`), each with damping d: A + d tr(A)/(I+1) and G + d tr(G)/O on the diagonal. The
-second moments are those of single examples, not centred. Of a factor of more than 2 ``rank`` rows
-the ``rank`` largest eigenvalues are kept, and the mean of the others in their place: its trace is
-the factor's. All parameters that belong to no such
-layer, and the layers that are left out, get diagonal noise (`hvdnoise.noise.diagonal`).
+second moments are those of single examples, not centred. Of a factor of more than 2n rows the n
+largest eigenvalues are kept (``eigenvalues``), and the mean of the others in their place, so that
+the trace is the factor's. All parameters that belong to no such layer, and the layers that are left
+out, get diagonal noise (`hvdnoise.noise.diagonal`).
 
 Factors are observed, averaged over the ranks and factorized in every n-th step only; each rank
 factorizes its share. Where it acts: the mean gradient, after the reduction; Z comes from a stream
@@ -46,7 +46,7 @@ class KroneckerCovariance(DiagonalCovariance, LayerNoise):
     Args:
         decay: c of the running means of factors and variances, 0 <= c < 1.
         every: the n of "every n-th step", in which they are estimated.
-        rank: eigenvalues kept of a large factor; None: all of all, at (O + I) O I operations a
+        eigenvalues: kept of a large factor; None: all of all, at (O + I) O I operations a
             step in each layer.
         damping: d >= 0, added to the factors' diagonals, in units of their mean.
         layers: patterns of the names of weights, as "features.*": only such layers; default: all.
@@ -54,18 +54,21 @@ class KroneckerCovariance(DiagonalCovariance, LayerNoise):
     """
 
     def __init__(self, emulated_batch: int, *, decay: float = 0.9, every: int = 20,
-                 damping: float = 1e-3, rank: int | None = 32, layers: list[str] | None = None,
+                 damping: float = 1e-3, eigenvalues: int | None = 32,
+                 layers: list[str] | None = None,
                  skip: list[str] | None = None, **options: Any) -> None:
         super().__init__(emulated_batch, decay=decay, every=every, **options)
         number = isinstance(damping, (int, float)) and not isinstance(damping, bool)
         if not (number and 0 <= damping < math.inf):
             raise ValueError(f"damping={damping!r} must be a number >= 0")
-        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-            raise ValueError(f"rank={rank!r} must be an integer >= 1, or None for all eigenvalues")
+        if eigenvalues is not None and (not isinstance(eigenvalues, int) or eigenvalues < 1
+                                        or isinstance(eigenvalues, bool)):
+            raise ValueError(f"eigenvalues={eigenvalues!r} must be an integer >= 1, or None for "
+                             "all of them")
         for name, patterns in (("layers", layers), ("skip", skip)):
             if isinstance(patterns, str):
                 raise ValueError(f"{name}={patterns!r} must be a list of patterns: [{patterns!r}]")
-        self.damping, self.rank = damping, rank
+        self.damping, self.rank = damping, eigenvalues
         self.layers, self.skip = (None if each is None else tuple(each) for each in (layers, skip))
 
     def wants_layer(self, weight: str) -> bool:

@@ -317,7 +317,7 @@ def test_models_are_copied_and_pickled_without_it() -> None:
 
 
 def test_the_plan_knows_its_memory_and_bytes() -> None:
-    noise = kronecker(every=4, rank=1)
+    noise = kronecker(every=4, eigenvalues=1)
 
     def work(world: ThreadWorld) -> tuple[int, int]:
         model, optimizer = build(world, noise, V=2)
@@ -338,7 +338,7 @@ def test_the_plan_knows_its_memory_and_bytes() -> None:
 @pytest.mark.parametrize("options, says", [
     ({"damping": -1.0}, "damping=-1.0 must be a number >= 0"),
     ({"layers": "first"}, "layers='first' must be a list"),
-    ({"rank": 0}, "rank=0 must be an integer >= 1, or None"),
+    ({"eigenvalues": 0}, "eigenvalues=0 must be an integer >= 1, or None"),
     ({"every": 0}, "every=0 must be an integer >= 1")])
 def test_bad_options(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says) as caught:

@@ -64,7 +64,7 @@ def test_the_built_in_kinds_and_their_options() -> None:
     assert list(noise_options("gnc")) == ["radius", "lr", "relative", "source", "lag"]
     assert list(noise_options("covariance")) == ["structure", "emulated_batch", "source", "decay",
                                                  "every", "trace", "labels", "damping",
-                                                 "layers", "skip"]
+                                                 "eigenvalues", "layers", "skip"]
     assert noise_options("none") == {} and supplied("none") == []
     assert supplied("gnc") == ["seed"] and supplied("covariance") == ["seed", "batch_size"]
     for kind in kinds():
