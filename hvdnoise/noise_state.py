@@ -169,8 +169,9 @@ class NoiseState:
                 stays=self.first_pass and weights.needs_no_mean)
             self._pending, of_weights.beside = of_weights, self._pending
         if self.spectrum_batch and not self.first_pass and self.context().num_workers > 1:
-            of_spectrum = PendingObservation(self._observer, self.context(), layout,
-                                             self._current_loss_scale)
+            of_spectrum = PendingObservation(
+                self._observer, self.context(self.spectrum_batch), layout,
+                self._current_loss_scale)
             if self._pending is None:
                 self._pending = of_spectrum
             else:
@@ -360,10 +361,8 @@ class NoiseState:
         if self.first_pass:  # whose mean nobody uses
             return
         if (seen := self._seen_by(self._observer)) is not None:
-            assert self.spectrum_batch is not None
-            self.spectrum = self._observer.spectrum(
-                exchange, self.world, seen, self.context(self.spectrum_batch),
-                self._current_loss_scale())
+            self.spectrum = self._observer.spectrum(exchange, self.world, seen,
+                                                    self._current_loss_scale())
         if self.measure and (noise is not None or observer is not None):
             self._mean_square = sum(square(flat) for _, flat in exchange.reduced())
         if observer is not None:

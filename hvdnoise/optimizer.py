@@ -115,11 +115,16 @@ class _DistributedOptimizer(Wrapper):
     @property
     def spectrum_batch(self) -> int | None:
         """b, examples of a worker, in the steps whose `spectrum` is wanted; else None. Set it
-        alike on all ranks, before the first backward of a step. It costs an alltoall and V*P."""
+        alike on all ranks, before the first backward of a step; later it is for the next one. It
+        costs an alltoall and V*P."""
         return self._noise_state.spectrum_batch
 
     @spectrum_batch.setter
     def spectrum_batch(self, examples: int | None) -> None:
+        if examples is not None and (not isinstance(examples, int) or examples < 1
+                                     or isinstance(examples, bool)):
+            raise ValueError(f"spectrum_batch={examples!r} must be an integer >= 1, the examples "
+                             "of a worker, or None")
         self._noise_state.spectrum_batch = examples
 
     @property

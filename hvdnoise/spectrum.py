@@ -20,7 +20,6 @@ Formulas: derived for this project.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +27,8 @@ from torch import Tensor
 from hvdnoise.buckets import Bucket
 from hvdnoise.exchange import Exchange
 from hvdnoise.mixing import pack, slices
-from hvdnoise.noise.base import Observation, ObservingNoise, Statistics, StepContext, square_norms
+from hvdnoise.noise.base import ObservingNoise, Statistics, StepContext, square_norms
+from hvdnoise.pending import PendingObservation
 from hvdnoise.world import World
 
 LARGEST = 3  # eigenvalues
@@ -80,9 +80,10 @@ class SpectrumObserver(ObservingNoise):
             self._rows[bucket.index] = deviations_Kn.new_zeros(count, bucket.size)
         self._rows[bucket.index][:, start:start + deviations_Kn.shape[1]] = deviations_Kn
 
-    def spectrum(self, exchange: Exchange, world: World, observation: Observation,
-                 context: StepContext, scale: float) -> Spectrum:
+    def spectrum(self, exchange: Exchange, world: World, observation: PendingObservation,
+                 scale: float) -> Spectrum:
         """Of the observed step, before anything was added to its mean. Collective."""
+        context = observation.context
         means = dict(enumerate(flat for _, flat in exchange.reduced()))
         W, parts = context.num_workers, self._slices
         for bucket in exchange.layout.buckets:
@@ -110,7 +111,8 @@ def _own_slice(bucket: Bucket, rows_VN: Tensor, world: World, name: str
     return bucket, sum(sizes[:world.rank]), received.view(world.size * V, sizes[world.rank])
 
 
-def _spectrum(sums: Tensor, W: int, b: float, square: float, observation: Any) -> Spectrum:
+def _spectrum(sums: Tensor, W: int, b: float, square: float,
+              observation: PendingObservation) -> Spectrum:
     factor = b / (W - 1)
     gram_WW, along_W = sums[:W * W].view(W, W) * factor, sums[W * W:]
     values = torch.linalg.eigvalsh(gram_WW).flip(0).clamp(min=0).tolist()

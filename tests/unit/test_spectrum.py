@@ -11,7 +11,7 @@ import torch
 from hvdnoise import GNC, CovarianceNoise
 from tests import reference
 from tests.fake_world import ThreadWorld, run_threads
-from tests.toys import Dense, build, relative_error, train, vector
+from tests.toys import Dense, batch, build, losses, relative_error, train, vector
 
 W, B, STEPS = 4, 4, 3
 NOISES: dict[str, Any] = {
@@ -92,3 +92,29 @@ def test_one_worker_has_none() -> None:
         train(model, optimizer, 1)
         assert optimizer.spectrum is None
     run_threads(1, alone)
+
+
+@pytest.mark.parametrize("before, within", [(B, None), (None, B), (B, 1)])
+def test_it_is_asked_for_before_a_step(before: int | None, within: int | None) -> None:
+    """What is set in the middle of a step is for the next one."""
+    def work(world: ThreadWorld, within: int | None) -> Any:
+        model, optimizer = build(world, GNC(0.1), V=2)
+        optimizer.spectrum_batch = before
+        for worker in optimizer.workers:
+            x, y = batch(0, worker, B)
+            losses(model(x), y).mean().backward()
+            optimizer.spectrum_batch = within
+        optimizer.step()
+        return optimizer.spectrum
+    ((changed,), (whole,)) = (run_threads(1, lambda world: work(world, each))
+                              for each in (within, before))
+    assert changed == whole and (whole is None) == (before is None)
+
+
+@pytest.mark.parametrize("examples", [0, -3, 2.5, "4", True])
+def test_a_batch_that_is_none(examples: Any) -> None:
+    def work(world: ThreadWorld) -> None:
+        _, optimizer = build(world, None, V=2)
+        with pytest.raises(ValueError, match="^spectrum_batch=.* must be an integer >= 1"):
+            optimizer.spectrum_batch = examples
+    run_threads(1, work)
