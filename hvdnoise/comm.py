@@ -82,7 +82,7 @@ class HorovodWorld(World):
     """The ranks of a Horovod process set (default: all); Horovod must have been started.
 
     NCCL takes one rank a GPU. Where several share one, what they exchange goes through the host's
-    memory, with a warning.
+    memory, with a warning; and without NCCL.
     """
 
     def __init__(self, process_set: Any = None) -> None:
@@ -145,8 +145,10 @@ class HorovodWorld(World):
         return _StagedHandle(handle, tensor.device, target)
 
     def _through_host(self, tensor: Tensor) -> bool:
-        if not tensor.is_cuda or not self.hvd.nccl_built():  # without NCCL Horovod does it itself
+        if not tensor.is_cuda:
             return False
+        if not self.hvd.nccl_built():
+            return True  # Horovod would, but a thread of its own would write into the gradients
         if self._shared_gpu is None:
             properties = torch.cuda.get_device_properties(tensor.device)
             mine = [socket.gethostname(), str(getattr(properties, "uuid", tensor.device.index))]

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from hvdnoise.buckets import Bucket, Layout
 from hvdnoise.displacement import current_graph_task_id, thread
-from hvdnoise.world import World
+from hvdnoise.world import Handle, World
 
 _Row = tuple["Layer", nn.Module, Tensor, Tensor]  # with a call's input and output gradient
 UNFOLDED_BYTES = 64 * 2 ** 20  # of a convolution's inputs at a time
@@ -76,7 +77,7 @@ class LayerStatistics:
         self._wanted, self._active = wanted, active
         self._sums: dict[str, _Sums] = {}
         self._arrived: dict[int, list[_Row]] = {}  # by autograd's run, until its pass ends
-        self._pass = -1
+        self._pass, self._counts = -1, False
 
     def watch(self, module: nn.Module) -> None:
         """Hook a module, if its layer is known and wanted."""
@@ -88,21 +89,31 @@ class LayerStatistics:
         module.register_forward_hook(_Hook(weakref.ref(self), layer))
 
     def forget(self) -> None:
-        """The step begins anew."""
+        """The step begins anew, maybe with the backward pass under way."""
         self._sums.clear()
-        self._arrived.clear()
+        run = current_graph_task_id()
+        self._arrived = {run: self._arrived[run]} if run in self._arrived else {}
 
-    def begin_pass(self) -> None:
-        """The run of autograd under way is a backward pass of this optimizer's."""
-        self._pass = current_graph_task_id()
+    def begin_pass(self, *, counts: bool) -> None:
+        """The run of autograd under way is a backward pass of this optimizer's.
 
-    def end_pass(self, *, counts: bool) -> None:
-        """Take in what has arrived in the pass, if it was one of the step."""
-        rows = self._arrived.pop(self._pass, [])
+        Args:
+            counts: it is one of the step's; if it breaks off, the step begins anew.
+        """
+        self._pass, self._counts = current_graph_task_id(), counts
+        self._take_in()
+
+    def end_pass(self) -> None:
+        """What has come in no pass of the step's is left out."""
         self._arrived.clear()
-        with torch.no_grad():
-            for row in rows if counts else []:
-                self._add(*row)
+        self._pass = -1
+
+    def _take_in(self) -> None:
+        """Sum up at once, so that the gradients of all outputs are never held at a time."""
+        if self._counts:
+            with torch.no_grad():
+                for row in self._arrived.pop(self._pass, []):
+                    self._add(*row)
 
     def called(self, layer: Layer, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """A forward of a layer: have its output's gradient come here."""
@@ -115,6 +126,7 @@ class LayerStatistics:
             if statistics is not None and statistics._active():
                 statistics._arrived.setdefault(current_graph_task_id(), []).append(
                     (layer, module, x, grad.detach()))
+                statistics._take_in()
         output.register_hook(arrived)
 
     def _add(self, layer: Layer, module: nn.Module, x: Tensor, grad: Tensor) -> None:
@@ -148,20 +160,21 @@ class LayerStatistics:
                 for sums in self._sums.values()]
         seen = {each[0]: each for rank in world.gather_json(mine, name=f"{name}.seen")
                 for each in rank}
-        sent = []
+        sent: deque[tuple[Bucket, Layer, int, int, Handle]] = deque()
         for bucket in layout.buckets:
             dtype = torch.promote_types(bucket.dtype, torch.float32)
             for weight in filter(seen.__contains__, bucket.names):
                 _, bias, I, O = seen[weight]
-                sums = self._sums.get(weight) or _Sums.new(Layer(weight, bias), I, O, dtype,
-                                                           bucket.device)
+                sums = self._sums.pop(weight, None) or _Sums.new(
+                    Layer(weight, bias), I, O, dtype, bucket.device)
                 flat = torch.cat([sums.inputs_II.flatten(), sums.scaled_OO.flatten(),
                                   sums.inputs_II.new_full((1,), float(sums.rows))])
                 sent.append((bucket, sums.layer, I, O, world.allreduce_(
                     flat, name=f"{name}.{weight}", op="sum")))
         self._sums.clear()
         found = {}
-        for bucket, layer, I, O, handle in sent:
+        while sent:  # one by one: the factors may take more memory than the weights
+            bucket, layer, I, O, handle = sent.popleft()
             A, G, rows = handle.wait().split([I * I, O * O, 1])
             found[layer] = bucket, (A.view(I, I) / examples,
                                     G.view(O, O) / max(1.0, float(rows)))

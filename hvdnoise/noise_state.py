@@ -313,13 +313,13 @@ class NoiseState:
         if self.measure and grad is not None:
             self._local_squares.append(torch.linalg.vector_norm(grad).double().square())
 
-    def begin_pass(self) -> None:
-        """A backward pass has begun."""
-        self._layers.begin_pass()
+    def begin_pass(self, *, counts: bool) -> None:
+        """A backward pass has begun; ``counts``: it is one of the step, if it comes to its end."""
+        self._layers.begin_pass(counts=counts)
 
     def end_pass(self, *, counts: bool, in_pass: bool = True) -> None:
         """A backward pass is through; ``counts``: it was one of the step."""
-        self._layers.end_pass(counts=counts)
+        self._layers.end_pass()
         shown, self._from_examples.count_of_pass = self._from_examples.count_of_pass, None
         if self.watch is None:
             return
@@ -393,12 +393,13 @@ class NoiseState:
         examples = getattr(noise, "batch_size", None) or context.examples_per_worker
         found = self._layers.reduce(exchange.layout, examples * context.num_workers, self.world,
                                     f"{exchange.label}.layers")
-        wanted = {layer: noise.observe_layer(bucket, layer, *factors, context)
-                  for layer, (bucket, factors) in found.items()}
+        places = {layer: bucket for layer, (bucket, _) in found.items()}
+        wanted = {layer: noise.observe_layer(bucket, layer, *found.pop(layer)[1], context)
+                  for layer, bucket in places.items()}
         rooted = roots([each for pair in wanted.values() for each in pair], noise.rank,
                        self.world, f"{exchange.label}.roots")
         for layer, pair in zip(wanted, zip(rooted[::2], rooted[1::2])):
-            noise.take_roots(found[layer][0], layer, *pair, context)
+            noise.take_roots(places[layer], layer, *pair, context)
 
     def _add(self, noise: Noise, call: str, noise_N: Tensor, reduced_N: Tensor, scale: float
              ) -> None:

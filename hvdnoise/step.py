@@ -249,10 +249,10 @@ class StepRunner:
         """A backward pass has begun, with the gradient of ``p``."""
         self._check_whole()
         self._touched = True
-        self.noise.begin_pass()
+        if self._synced and (self._under_way or self.reduced):
+            self._begin_next_step(p)
+        self.noise.begin_pass(counts=self._synced)
         if self._synced:
-            if self._under_way or self.reduced:
-                self._begin_next_step(p)
             self.noise.check_weighed()
             if self.done == 0:
                 self.prepare()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hvdnoise import CovarianceNoise, DistributedOptimizer, streams
 from hvdnoise.buckets import default_layout
-from hvdnoise.layers import Root, roots, rows_of
+from hvdnoise.layers import LayerStatistics, Root, roots, rows_of
 from hvdnoise.noise import StepContext
 from hvdnoise.planning.outline import noise_memory
 from tests import reference
@@ -266,6 +266,41 @@ def test_other_runs_of_autograd_are_left_out() -> None:
     for name in ("inputs", "outputs"):
         (key,) = [key for key in plain if key.endswith(f"first.weight {name}")]
         assert relative_error(other[key], plain[key]) < 1e-12
+
+
+def test_gradients_of_outputs_are_not_held_until_the_pass_ends() -> None:
+    """They would be as many numbers as the batch has activations."""
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(8)))
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    layers, held = LayerStatistics(names, lambda weight: True, lambda: True), []
+    for module in model:
+        layers.watch(module)
+
+    def has_gradient(p: Tensor) -> None:
+        held.append(sum(map(len, layers._arrived.values())))
+        if len(held) == 1:  # the first tells that it is a pass of the step
+            layers.begin_pass(counts=True)
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(has_gradient)
+    model(torch.ones(B, 3)).square().mean().backward()
+    assert held == [1] + 15 * [0]
+
+
+def test_a_step_dropped_by_the_models_zero_grad_leaves_nothing() -> None:
+    """As after an overflow under GradScaler: the next step begins with its own backward pass."""
+    def work(world: ThreadWorld, dropped: bool) -> Tensor:
+        model, optimizer = build(world, kronecker(every=1), V=W)
+        for step in ([9, 0, 1] if dropped else [0, 1]):
+            model.zero_grad()
+            for worker in range(W):
+                x, y = batch(step, worker, B)
+                losses(model(x), y).mean().backward()
+            if step != 9:
+                optimizer.step()
+        return vector(model.parameters())
+    ((with_it,), (without,)) = (run_threads(1, lambda world: work(world, dropped))
+                                for dropped in (True, False))
+    assert torch.equal(with_it, without)
 
 
 def square_of(found: Root) -> Tensor:
