@@ -20,7 +20,7 @@ from hvdnoise.comm import World
 from hvdnoise.displacement import Term
 from hvdnoise.exchange import Exchange
 from hvdnoise.kept_state import KeptState
-from hvdnoise.layers import LayerStatistics, roots
+from hvdnoise.layers import LayerStatistics
 from hvdnoise.mixing import square
 from hvdnoise.noise.base import (
     ExampleNoise,
@@ -38,6 +38,7 @@ from hvdnoise.noise.base import (
 )
 from hvdnoise.pending import PendingObservation
 from hvdnoise.per_example import ExampleStatistics, LossesOf, check_model, example_gradients
+from hvdnoise.roots import roots
 from hvdnoise.spectrum import Spectrum, SpectrumObserver
 from hvdnoise.streams import generator
 from hvdnoise.watch import ModelWatch

@@ -33,7 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hvdnoise.buckets import Bucket, Layout
-from hvdnoise.layers import Layer, Root, layer_bytes, layer_sizes
+from hvdnoise.layers import Layer, layer_bytes, layer_sizes
+from hvdnoise.roots import Root
 
 Schedule = float | Callable[[int], float]
 

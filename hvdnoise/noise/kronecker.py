@@ -33,9 +33,10 @@ from torch import Tensor
 
 from hvdnoise import streams
 from hvdnoise.buckets import Bucket
-from hvdnoise.layers import Layer, Root
+from hvdnoise.layers import Layer
 from hvdnoise.noise.base import LayerNoise, Observation, StepContext
 from hvdnoise.noise.diagonal import DiagonalCovariance
+from hvdnoise.roots import Root
 
 
 class KroneckerCovariance(DiagonalCovariance, LayerNoise):

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from hvdnoise import CovarianceNoise, DistributedOptimizer, streams
 from hvdnoise.buckets import default_layout
-from hvdnoise.layers import LayerStatistics, Root, roots, rows_of
+from hvdnoise.layers import LayerStatistics, rows_of
 from hvdnoise.noise import StepContext
 from hvdnoise.planning.outline import noise_memory
+from hvdnoise.roots import Root, roots
 from tests import reference
 from tests.fake_world import ThreadWorld, run_threads
 from tests.laws import assert_normal
