@@ -107,6 +107,7 @@ class NoiseState:
         self._counts = any(not getattr(each, "batch_size", None)
                            for each in (self._worker, self._mean) if each is not None)
         if (layered := part(self.noise, LayerNoise)) is not None:
+            layered.check_names(names.values())
             self._layers = LayerStatistics(names, layered.wants_layer, lambda: (
                 not self.first_pass and self._is_due(layered)))
         if self._counts or self._weights is not None or layered is not None:

@@ -26,7 +26,7 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
-from typing import Any, Callable, Literal, MutableMapping, Sequence, TypeVar, cast
+from typing import Any, Callable, Iterable, Literal, MutableMapping, Sequence, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -246,6 +246,9 @@ class LayerNoise(Noise):
         """Of the factors and of their roots, as the parameters' names and shapes tell."""
         found = [layer_bytes(*layer, self.rank) for layer in layer_sizes(layout, self.wants_layer)]
         return sum(each[0] for each in found), sum(each[1] for each in found)
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raise ValueError where its options name what is not among the parameters' names."""
 
     @abstractmethod
     def wants_layer(self, weight: str) -> bool:

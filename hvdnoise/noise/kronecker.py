@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatch
-from typing import Any, MutableMapping
+from typing import Any, Iterable, MutableMapping
 
 import torch
 from torch import Tensor
@@ -71,6 +71,14 @@ class KroneckerCovariance(DiagonalCovariance, LayerNoise):
                 raise ValueError(f"{name}={patterns!r} must be a list of patterns: [{patterns!r}]")
         self.damping, self.rank = damping, eigenvalues
         self.layers, self.skip = (None if each is None else tuple(each) for each in (layers, skip))
+
+    def check_names(self, names: Iterable[str]) -> None:
+        names = list(names)
+        for option, patterns in (("layers", self.layers), ("skip", self.skip)):
+            for pattern in patterns or ():
+                if not any(fnmatch(name, pattern) for name in names):
+                    raise ValueError(f"{option}: {pattern!r} is the name of no parameter; give "
+                                     f"patterns of weights' names, as {names[0]!r} or \"*.weight\"")
 
     def wants_layer(self, weight: str) -> bool:
         chosen = self.layers is None or any(fnmatch(weight, each) for each in self.layers)

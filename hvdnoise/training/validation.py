@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdnoise.exchange_plan import Shape
+from hvdnoise.noise.base import LayerNoise, part
 from hvdnoise.plans import choose
 from hvdnoise.training.config import ConfigError, TrainConfig
 
@@ -114,10 +115,15 @@ def _check_noise(config: TrainConfig, size: int) -> None:
     require(noise.lag != 0 or config.precision != "fp16", "noise.lag", noise.lag,
             "it does not go with precision=fp16 (a step of two passes cannot be scaled); use bf16 "
             "or lag 1")
-    if noise.sees_examples:
+    layered = part(noise, LayerNoise)
+    if noise.sees_examples or layered is not None:
         from hvdnoise.per_example import check_statistics
         from hvdnoise.training import models
-        check_statistics(models.outline(config.model, 10, config.data.record.shape(config.data)))
+        model = models.outline(config.model, 10, config.data.record.shape(config.data))
+        if noise.sees_examples:
+            check_statistics(model)
+        if layered is not None:
+            layered.check_names(name for name, _ in model.named_parameters())
 
 
 def _check_names(config: TrainConfig, size: int) -> None:

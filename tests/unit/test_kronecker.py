@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvdnoise import CovarianceNoise, DistributedOptimizer, streams
+from hvdnoise import CovarianceNoise, DistributedOptimizer, cli, streams
 from hvdnoise.buckets import default_layout
 from hvdnoise.layers import LayerStatistics, rows_of
 from hvdnoise.noise import StepContext
@@ -380,3 +383,22 @@ def test_bad_options(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says) as caught:
         kronecker(**options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options, says", [
+    ({"layers": ["fisrt.*"]}, "layers: 'fisrt.*' is the name of no parameter"),
+    ({"skip": ["last.weight", "first"]}, "skip: 'first' is the name of no parameter")])
+def test_patterns_that_match_nothing_are_refused(options: dict[str, Any], says: str,
+                                                 tmp_path: Path,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    def work(world: ThreadWorld) -> None:
+        with pytest.raises(ValueError, match=re.escape(says)):
+            build(world, kronecker(**options), V=2)
+    run_threads(1, work)
+    (option, patterns), folder = *options.items(), tmp_path / "run"
+    assert cli.main(["train", "--data.dataset", "synthetic", "--run_dir", str(folder),
+                     "--virtual_workers", "2", "--noise.kind", "covariance",
+                     "--noise.structure", "kronecker", "--noise.emulated_batch", "16",
+                     f"--noise.{option}", json.dumps([patterns[-1]])]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert says in line and not folder.exists()
