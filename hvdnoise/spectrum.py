@@ -66,7 +66,6 @@ class SpectrumObserver(ObservingNoise):
     def forget(self) -> None:
         """The step begins anew."""
         self._rows: dict[int, Tensor] = {}  # (V, N) by bucket, where this rank sees its own only
-        self._gram_WW: Tensor | float = 0.0
         self._slices: list[tuple[Bucket, int, Tensor]] = []
 
     def observe(self, bucket: Bucket, start: int, deviations_Kn: Tensor, out: Tensor,
@@ -95,7 +94,7 @@ class SpectrumObserver(ObservingNoise):
             x_Wn = x_Wn.double()
             mean_n = means[bucket.index][start:start + x_Wn.shape[1]].double() / scale
             sums += torch.cat([(x_Wn @ x_Wn.T).flatten(), x_Wn @ mean_n]).cpu()
-        if world.size > 1 and (len(context.workers) < W):
+        if world.size > 1:
             sums = world.allreduce_(sums, name=f"{exchange.label}.spectrum", op="sum").wait()
         square = sum(float(torch.linalg.vector_norm(m.double() / scale)) ** 2
                      for m in means.values())
