@@ -31,7 +31,14 @@ from torch import Tensor
 from hvdnoise import comm
 from hvdnoise.buckets import default_bucket_bytes
 from hvdnoise.exchange_plan import Shape
-from hvdnoise.noise.base import MeanObservingNoise, Noise, WeightNoise, check_noise, part
+from hvdnoise.noise.base import (
+    MeanObservingNoise,
+    Noise,
+    WeightNoise,
+    check_count,
+    check_noise,
+    part,
+)
 from hvdnoise.noise.composed import compose
 from hvdnoise.noise_state import Measured, NoiseState
 from hvdnoise.parameters import OptimizerParameters
@@ -121,10 +128,8 @@ class _DistributedOptimizer(Wrapper):
 
     @spectrum_batch.setter
     def spectrum_batch(self, examples: int | None) -> None:
-        if examples is not None and (not isinstance(examples, int) or examples < 1
-                                     or isinstance(examples, bool)):
-            raise ValueError(f"spectrum_batch={examples!r} must be an integer >= 1, the examples "
-                             "of a worker, or None")
+        if examples is not None:
+            check_count("spectrum_batch", examples, ", the examples of a worker, or None")
         self._noise_state.spectrum_batch = examples
 
     @property

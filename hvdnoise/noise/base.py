@@ -426,6 +426,12 @@ def check_scale(name: str, value: Schedule) -> Schedule:
     return value
 
 
+def check_count(name: str, value: Any, more: str = "") -> None:
+    """Refuse what is no integer of 1 or more; ``more``: what else it may be."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an integer >= 1{more}")
+
+
 def check_share(name: str, value: float) -> float:
     """Refuse a number outside 0 <= value < 1."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)

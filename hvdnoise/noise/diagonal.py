@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hvdnoise import streams
 from hvdnoise.buckets import Bucket
-from hvdnoise.noise.base import Observation, Statistics, StepContext
+from hvdnoise.noise.base import Observation, Statistics, StepContext, check_count
 from hvdnoise.noise.equal_trace import EqualTraceNoise
 
 CACHED = 2 ** 17  # numbers that stay in a processor's cache
@@ -47,8 +47,7 @@ class DiagonalCovariance(EqualTraceNoise):
         super().__init__(emulated_batch, trace=trace, batch_size=batch_size, seed=seed)
         if isinstance(decay, bool) or not 0 <= decay < 1:
             raise ValueError(f"decay={decay!r} must be at least 0 and less than 1")
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ValueError(f"every={every!r} must be an integer >= 1")
+        check_count("every", every)
         self.decay, self.every = decay, every
 
     def observe(self, bucket: Bucket, start: int, deviations_Kn: Tensor, out: Tensor,

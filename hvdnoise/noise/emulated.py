@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 
-from hvdnoise.noise.base import Noise, StepContext, WeightingNoise
+from hvdnoise.noise.base import Noise, StepContext, WeightingNoise, check_count
 
 MOST_DEVIATION = 2.0  # of weights, without a warning
 
@@ -28,9 +28,8 @@ class EmulatedBatchNoise(Noise):
                  seed: int = 0) -> None:
         super().__init__(seed=seed)
         for name, value in (("emulated_batch", emulated_batch), ("batch_size", batch_size)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool)
-                                      or value < 1):
-                raise ValueError(f"{name}={value!r} must be an integer >= 1")
+            if value is not None:
+                check_count(name, value)
         self.emulated_batch = emulated_batch
         self.batch_size = batch_size
         self._warned: set[str] = set()

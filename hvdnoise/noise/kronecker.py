@@ -34,7 +34,7 @@ from torch import Tensor
 from hvdnoise import streams
 from hvdnoise.buckets import Bucket
 from hvdnoise.layers import Layer
-from hvdnoise.noise.base import LayerNoise, Observation, StepContext
+from hvdnoise.noise.base import LayerNoise, Observation, StepContext, check_count
 from hvdnoise.noise.diagonal import DiagonalCovariance
 from hvdnoise.roots import Root
 
@@ -62,10 +62,8 @@ class KroneckerCovariance(DiagonalCovariance, LayerNoise):
         number = isinstance(damping, (int, float)) and not isinstance(damping, bool)
         if not (number and 0 <= damping < math.inf):
             raise ValueError(f"damping={damping!r} must be a number >= 0")
-        if eigenvalues is not None and (not isinstance(eigenvalues, int) or eigenvalues < 1
-                                        or isinstance(eigenvalues, bool)):
-            raise ValueError(f"eigenvalues={eigenvalues!r} must be an integer >= 1, or None for "
-                             "all of them")
+        if eigenvalues is not None:
+            check_count("eigenvalues", eigenvalues, ", or None for all of them")
         for name, patterns in (("layers", layers), ("skip", skip)):
             if isinstance(patterns, str):
                 raise ValueError(f"{name}={patterns!r} must be a list of patterns: [{patterns!r}]")
