@@ -76,7 +76,7 @@ def _outline(config: PlanConfig) -> Outline:
     per_epoch = steps_per_epoch(examples, workers, batch)
     total = max(1, round(config.epochs * per_epoch))
     peak = peak_rate(config.optim.lr, config.lr, workers * batch)
-    layout = model_layout(config.model, classes, image_shape)
+    layout = model_layout(config.model, classes, image_shape, norm=config.norm)
     noise = config.noise.build(seed=config.seed, batch_size=batch, total_steps=total)
     mixes = noise is not None and noise.mixes
     plan = choose(config.exchange, shape(config, layout.numbers), mixes=mixes,
@@ -142,10 +142,12 @@ def _counted(config: PlanConfig) -> tuple[int, int]:
     return config.examples or examples, config.classes or classes
 
 
-def model_layout(model: str, classes: int, image_shape: tuple[int, int, int]) -> Layout:
+def model_layout(model: str, classes: int, image_shape: tuple[int, int, int], *,
+                 norm: str = "auto") -> Layout:
     """The buckets of a model's parameters.
 
     Raises:
         ValueError: when there is no such model, or it cannot take such images.
     """
-    return default_layout(list(models.outline(model, classes, image_shape).named_parameters()))
+    built = models.outline(model, classes, image_shape, norm=norm)
+    return default_layout(list(built.named_parameters()))

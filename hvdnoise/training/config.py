@@ -41,7 +41,10 @@ class TrainConfig:
 
     Args:
         data: the data set.
-        model: small-cnn, resnet20/32/44/56/110, vgg16-bn, or a classifier of torchvision by name.
+        model: mlp, small-cnn, resnet20/32/44/56/110, vgg16-bn, or a classifier of torchvision by
+            name.
+        norm: normalisation of small-cnn, resnet20 .. 110 and vgg16-bn; auto: each one's own.
+            Under batch norm each worker's batch has its own statistics.
         optim: the optimizer.
         lr: the learning rate over the run.
         noise: the structured noise.
@@ -79,6 +82,7 @@ class TrainConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     model: str = "small-cnn"
+    norm: Literal["auto", "batch", "group"] = "auto"
     optim: OptimConfig = field(default_factory=OptimConfig)
     lr: LrConfig = field(default_factory=LrConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)

@@ -144,7 +144,8 @@ def build(config: TrainConfig, world: World, device: torch.device) -> Job:
         worker_ids=range(world.rank * virtual, (world.rank + 1) * virtual), seed=config.seed)
     total_steps = max(1, round(config.epochs * sampler.steps_per_epoch))
     torch.manual_seed(config.seed)
-    model = models.build(config.model, datasets.spec.num_classes, datasets.spec.image_shape)
+    model = models.build(config.model, datasets.spec.num_classes, datasets.spec.image_shape,
+                         norm=config.norm)
     model.to(device)
     ema = make_ema(model, config.ema)
     noise = config.noise.build(seed=config.seed, batch_size=sampler.batch_size,

@@ -52,7 +52,8 @@ def restore(config: TrainConfig, weights: Path, device: torch.device
         ValueError: when there are no such weights or data; ConfigError when they do not fit.
     """
     datasets = data.build(config.data, seed=config.seed)
-    model = models.build(config.model, datasets.spec.num_classes, datasets.spec.image_shape)
+    model = models.build(config.model, datasets.spec.num_classes, datasets.spec.image_shape,
+                         norm=config.norm)
     if weights.name == "shared.pt":
         checkpoint.check(weights.parent, {"shared.pt"})
     state = checkpoint.read(weights)

@@ -119,7 +119,8 @@ def _check_noise(config: TrainConfig, size: int) -> None:
     if noise.sees_examples or layered is not None:
         from hvdnoise.per_example import check_statistics
         from hvdnoise.training import models
-        model = models.outline(config.model, 10, config.data.record.shape(config.data))
+        model = models.outline(config.model, 10, config.data.record.shape(config.data),
+                               norm=config.norm)
         if noise.sees_examples:
             check_statistics(model)
         if layered is not None:
@@ -128,7 +129,7 @@ def _check_noise(config: TrainConfig, size: int) -> None:
 
 def _check_names(config: TrainConfig, size: int) -> None:
     from hvdnoise.training import models
-    models.find(config.model)
+    models.find(config.model, config.norm)
     name = config.name
     require(name is None or bool(name) and Path(name).name == name, "name", repr(name),
             "give a plain name without slashes")
