@@ -41,10 +41,10 @@ class TrainConfig:
 
     Args:
         data: the data set.
-        model: mlp, small-cnn, resnet20/32/44/56/110, vgg16-bn, or a classifier of torchvision by
-            name.
-        norm: normalisation of small-cnn, resnet20 .. 110 and vgg16-bn; auto: each one's own.
-            Under batch norm each worker's batch has its own statistics.
+        model: mlp, small-cnn, resnet20/32/44/56/110, resnet18-cifar, wrn16-4/16-8/28-10,
+            vgg16-bn, or a classifier of torchvision by name.
+        norm: normalisation of small-cnn, vgg16-bn and the residual networks for small images;
+            auto: each one's own. Under batch norm each worker's batch has its own statistics.
         optim: the optimizer.
         lr: the learning rate over the run.
         noise: the structured noise.

@@ -4,6 +4,10 @@
 - small-cnn: three convolutions with group norm and a linear layer; for small images and quick runs.
 - resnet20, 32, 44, 56, 110: the CIFAR networks of He et al., Deep residual learning, 2015, with
   shortcuts of option A (strided identity, new channels zero), as in the paper's CIFAR section.
+- resnet18-cifar: ResNet-18 with a first convolution of 3x3 pixels and without the max pooling, as
+  is usual for images of 32x32 pixels.
+- wrn16-4, wrn16-8, wrn28-10: wide residual networks (Zagoruyko and Komodakis 2016,
+  arXiv:1605.07146) of that depth and width, without dropout.
 - vgg16-bn: VGG16 with batch norm and one linear layer, for images of about 32x32 pixels.
 - any classifier of torchvision.models by its name, with random weights ("resnet18", or
   "torchvision:resnet18"). Its first convolution is made anew for images without 3 channels.
@@ -30,11 +34,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
+
+from hvdnoise.training.residual import (
+    LAYERS,
+    CifarResNet,
+    Norm,
+    SmallImageResNet18,
+    WideResNet,
+    kaiming,
+)
 
 _Builder = Callable[[int, tuple[int, int, int]], nn.Module]
-_Norm = Callable[[int], nn.Module]  # of the number of channels
 NORMS = ("auto", "batch", "group")
 _PREFIX = "torchvision:"
 
@@ -103,13 +114,6 @@ def find(name: str, norm: str = "auto") -> _Builder:
     return _BUILDERS.get(name) or functools.partial(_torchvision, plain)
 
 
-def _group_norm(channels: int) -> nn.Module:
-    return nn.GroupNorm(min(32, channels // 4), channels)
-
-
-_LAYERS: dict[str, _Norm] = {"batch": nn.BatchNorm2d, "group": _group_norm}
-
-
 def _mlp(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(image_shape), 128), nn.ReLU(),
                          nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, num_classes))
@@ -124,7 +128,7 @@ class _SmallCNN(nn.Sequential):
 
     def __init__(self, norm: str, num_classes: int, image_shape: tuple[int, int, int]) -> None:
         channels, height, width = image_shape
-        layer: _Norm = nn.BatchNorm2d if norm == "batch" else functools.partial(nn.GroupNorm, 4)
+        layer: Norm = nn.BatchNorm2d if norm == "batch" else functools.partial(nn.GroupNorm, 4)
         layers: list[nn.Module] = []
         for wide in (32, 64, 128):
             layers += [nn.Conv2d(channels, wide, 3, padding=1, bias=False), nn.MaxPool2d(2),
@@ -134,49 +138,8 @@ class _SmallCNN(nn.Sequential):
         super().__init__(*layers)
 
 
-class _Block(nn.Module):
-    """Two 3x3 convolutions and the shortcut of option A."""
-
-    def __init__(self, norm: _Norm, narrow: int, wide: int) -> None:
-        super().__init__()
-        self.stride = 1 if narrow == wide else 2
-        self.conv1 = nn.Conv2d(narrow, wide, 3, self.stride, padding=1, bias=False)
-        self.bn1 = norm(wide)
-        self.conv2 = nn.Conv2d(wide, wide, 3, padding=1, bias=False)
-        self.bn2 = norm(wide)
-        self.new_channels = wide - narrow
-
-    def forward(self, images: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(images)))))
-        if self.stride == 2:
-            images = images[:, :, ::2, ::2]
-            half = self.new_channels // 2
-            images = F.pad(images, (0, 0, 0, 0, half, half))
-        return F.relu(out + images)
-
-
-class _CifarResNet(nn.Module):
-    """6n + 2 layers: n blocks each of 16, 32 and 64 channels, mean over pixels, linear."""
-
-    def __init__(self, depth: int, norm: str, num_classes: int,
-                 image_shape: tuple[int, int, int]) -> None:
-        super().__init__()
-        layer = _LAYERS["batch" if norm == "auto" else norm]
-        self.conv = nn.Conv2d(image_shape[0], 16, 3, padding=1, bias=False)
-        self.bn = layer(16)
-        widths = [16] + [wide for wide in (16, 32, 64) for _ in range((depth - 2) // 6)]
-        self.blocks = nn.Sequential(*(_Block(layer, a, b) for a, b in zip(widths, widths[1:])))
-        self.linear = nn.Linear(64, num_classes)
-        _kaiming(self)
-
-    def forward(self, images: Tensor) -> Tensor:
-        out = self.blocks(F.relu(self.bn(self.conv(images))))
-        logits: Tensor = self.linear(out.mean((2, 3)))
-        return logits
-
-
 def _vgg16_bn(norm: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
-    channels, layer = image_shape[0], _LAYERS["batch" if norm == "auto" else norm]
+    channels, layer = image_shape[0], LAYERS["batch" if norm == "auto" else norm]
     layers: list[nn.Module] = []
     for widths in ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3):
         for wide in widths:
@@ -186,15 +149,8 @@ def _vgg16_bn(norm: str, num_classes: int, image_shape: tuple[int, int, int]) ->
         layers.append(nn.MaxPool2d(2, ceil_mode=True))  # ceil: 28 pixels last five halvings too
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_classes)]
     model = nn.Sequential(*layers)
-    _kaiming(model)
+    kaiming(model)
     return model
-
-
-def _kaiming(model: nn.Module) -> None:
-    """He et al.'s initialisation: normal, variance 2 / fan_out, in every convolution."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def _torchvision_names() -> list[str]:
@@ -226,7 +182,10 @@ def _torchvision(name: str, num_classes: int, image_shape: tuple[int, int, int])
 _BUILDERS: dict[str, _Builder] = {"mlp": _mlp}
 _NORMED: dict[str, Callable[..., nn.Module]] = {  # the norm comes first
     "small-cnn": _SmallCNN,
-    **{f"resnet{depth}": functools.partial(_CifarResNet, depth)
+    **{f"resnet{depth}": functools.partial(CifarResNet, depth)
        for depth in (20, 32, 44, 56, 110)},
+    "resnet18-cifar": SmallImageResNet18,
+    **{f"wrn{depth}-{times}": functools.partial(WideResNet, depth, times)
+       for depth, times in ((16, 4), (16, 8), (28, 10))},
     "vgg16-bn": _vgg16_bn,
 }

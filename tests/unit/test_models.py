@@ -28,6 +28,14 @@ def test_cifar_resnets_have_the_sizes_of_the_paper(depth: int, millions: float) 
     assert len(layers) == depth
 
 
+@pytest.mark.parametrize("name,parameters", [
+    ("resnet18-cifar", 11_173_962), ("wrn16-4", 2_748_890), ("wrn28-10", 36_479_194)])
+def test_other_residual_networks_have_their_published_sizes(name: str, parameters: int) -> None:
+    """With 10 classes: of the usual CIFAR variant of ResNet-18, and of arXiv:1605.07146, table 4
+    (2.7 and 36.5 million), to the last weight as the authors' code has them."""
+    assert size(models.outline(name, 10, CIFAR)) == parameters
+
+
 def test_option_a_shortcuts_are_strided_identities() -> None:
     model = models.build("resnet20", 10, CIFAR).eval()
     block = next(module for module in model.modules() if getattr(module, "stride", 0) == 2
@@ -42,7 +50,7 @@ def test_option_a_shortcuts_are_strided_identities() -> None:
 
 @pytest.mark.parametrize("name,shape", [
     ("mlp", FASHION), ("mlp", CIFAR), ("small-cnn", FASHION), ("small-cnn", CIFAR),
-    ("resnet20", FASHION), ("vgg16-bn", CIFAR),
+    ("resnet20", FASHION), ("vgg16-bn", CIFAR), ("resnet18-cifar", FASHION), ("wrn16-4", CIFAR),
     ("vgg16-bn", FASHION), ("resnet18", CIFAR), ("torchvision:resnet18", FASHION),
     ("mobilenet_v3_small", FASHION), ("googlenet", (3, 64, 64))])
 def test_models_train_on_these_shapes(name: str, shape: tuple[int, int, int]) -> None:
@@ -67,7 +75,8 @@ def test_the_mlp_has_the_size_of_the_studies() -> None:
     assert size(models.build("mlp", 10, FASHION)) == 109_386
 
 
-@pytest.mark.parametrize("name", ["small-cnn", "resnet20", "vgg16-bn"])
+@pytest.mark.parametrize("name", ["small-cnn", "resnet20", "vgg16-bn", "resnet18-cifar",
+                                  "wrn16-4"])
 def test_norm_changes_the_layers_and_no_weight_that_is_drawn(name: str) -> None:
     kinds = {"batch": nn.BatchNorm2d, "group": nn.GroupNorm}
     built = {}
@@ -96,7 +105,7 @@ def test_groups_have_four_channels_until_there_are_32() -> None:
 
 
 @pytest.mark.parametrize("name, norm, text", [
-    ("mlp", "group", "norm=group does nothing in model 'mlp': leave it out, or choose one of small"),
+    ("mlp", "group", "norm=group does nothing in model 'mlp': leave it out, or choose one of "),
     ("resnet18", "batch", "norm=batch does nothing in model 'resnet18'"),
     ("resnet20", "layer", "norm='layer' is unknown: choose one of auto, batch, group")])
 def test_a_norm_that_does_nothing_is_refused(name: str, norm: str, text: str) -> None:
