@@ -131,6 +131,11 @@ def test_fashion_mnist_is_unpacked_and_read(tmp_path: Path, world: World,
     assert labels.tolist() == fashion["t10k-labels-idx1-ubyte"].tolist()
     assert len(data.build(fashion_config(tmp_path, limit=7), seed=0).train) == 7
     assert not list(tmp_path.rglob("*.part"))
+    file = tmp_path / "data/FashionMNIST/raw/t10k-labels-idx1-ubyte"
+    for short in (file.read_bytes()[:-1], b""):
+        file.write_bytes(short)
+        with pytest.raises(DataError, match="cannot read fashion-mnist in"):
+            data.build(config, seed=0)
 
 
 def test_a_damaged_unpacked_file_is_prepared_again(tmp_path: Path, world: World,
