@@ -22,7 +22,7 @@ from hvdnoise.training.options import parse
 from hvdnoise.training.rerun import find, restore
 from hvdnoise.training.validation import validate
 from tests.fake_world import ThreadWorld, run_threads
-from tests.unit.test_loop import GNC, TINY, Never, metrics, poison, speaking, train
+from tests.trainer import GNC, TINY, Never, metrics, poison, speaking, train
 
 __all__ = ["speaking"]  # a fixture
 pytestmark = pytest.mark.slow  # many seconds in all
