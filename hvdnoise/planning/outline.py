@@ -73,7 +73,7 @@ def _outline(config: PlanConfig) -> Outline:
     ranks, batch = config.ranks, config.worker_batch(config.ranks)
     workers = config.workers(ranks)
     examples, classes, image_shape = facts(config)
-    per_epoch = steps_per_epoch(examples, workers, batch)
+    per_epoch = steps_per_epoch(examples, workers, batch, repeat=config.data.repeat)
     total = max(1, round(config.epochs * per_epoch))
     peak = peak_rate(config.optim.lr, config.lr, workers * batch)
     layout = model_layout(config.model, classes, image_shape, norm=config.norm)
@@ -127,7 +127,7 @@ def facts(config: PlanConfig) -> tuple[int, int, tuple[int, int, int]]:
     """
     data = config.data
     examples, classes = _counted(config) if data.record.counted else data.record.count(data)
-    return min(examples, data.limit or examples), classes, data.record.shape(data)
+    return data.in_use(examples), classes, data.record.shape(data)
 
 
 def _counted(config: PlanConfig) -> tuple[int, int]:

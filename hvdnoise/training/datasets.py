@@ -58,7 +58,8 @@ class DataRecord(ABC):
         return len(self.mean), side, side
 
     def count(self, config: DataConfig) -> tuple[int, int]:
-        """Training images before `DataConfig.limit`, and classes.
+        """Images of the training set, of which `DataConfig.in_use` says how many are trained on;
+        and classes.
 
         Raises:
             DataError: when they are counted and the files are not there.
@@ -78,7 +79,7 @@ class DataRecord(ABC):
 
     @abstractmethod
     def load(self, config: DataConfig, seed: int, part: str) -> tuple[Images, int]:
-        """The images of a part, "train" or "test", and the number of classes."""
+        """All images of a part, "train" or "test", and the number of classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +90,9 @@ class ArrayRecord(DataRecord):
         from hvdnoise.training.images import ArrayImages
         images, labels = self.arrays(config, seed, part)
         assert images.shape[1:] == self.shape(config), f"{self.name}: {images.shape}"
-        limit = config.limit if part == "train" else None
         padding = self.padding if part == "train" and config.augment else None
-        found = ArrayImages(images[:limit], labels[:limit], mean=self.mean, std=self.std,
-                            padding=padding, seed=seed)
+        found = ArrayImages(images, labels, mean=self.mean, std=self.std, padding=padding,
+                            seed=seed)
         return found, self.count(config)[1]
 
     @abstractmethod
@@ -123,12 +123,15 @@ class _Torchvision(ArrayRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Idx(_Torchvision):
+class _Idx(ArrayRecord):
     """MNIST and its kin: files in the IDX format, each in a .gz of its own.
+
+    They are read here, because to import torchvision takes as long as all else that reads them.
 
     Args:
         url: the folder of the archives.
-        files: for each unpacked file the SHA-256 of its content and of each known archive.
+        files: for each unpacked file the SHA-256 of its content and of each known archive; images
+            and labels of training, then of the test set.
     """
 
     folder: str
@@ -140,6 +143,16 @@ class _Idx(_Torchvision):
         folder = config.path / self.folder
         for name, (content, *archives) in self.files.items():
             fetch.unpack_gz(self.url + f"{name}.gz", archives, folder / name, content, config)
+
+    def arrays(self, config: DataConfig, seed: int, part: str) -> Arrays:
+        import numpy as np
+        found = []
+        for name in list(self.files)[0 if part == "train" else 2:][:2]:
+            content = np.fromfile(config.path / self.folder / name, dtype=np.uint8)
+            begin = 4 + 4 * int(content[3])  # the number of dimensions, and each one's size
+            found.append(content[begin:].reshape(content[4:begin].view(">u4")))
+        images, labels = found
+        return images[:, None], labels.astype(np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +191,7 @@ class _Folders(DataRecord):
         train = part == "train"
         found = FolderImages(config.path / ("train" if train else "val"), side=config.side,
                              augment=train and config.augment, mean=self.mean, std=self.std,
-                             limit=config.limit if train else None, seed=seed)
+                             seed=seed)
         return found, len(found.classes)
 
 
@@ -219,7 +232,7 @@ _FASHION_MNIST: dict[str, tuple[str, ...]] = {  # SHA-256 of content, Debian's .
 DATASETS: dict[str, DataRecord] = {record.name: record for record in (
     _Idx(name="fashion-mnist", mean=(0.2860,), std=(0.3530,), images=60_000, classes=10, side=28,
          padding=2, folder="FashionMNIST/raw", package="dataset-fashion-mnist",
-         kind="FashionMNIST", files=_FASHION_MNIST,
+         files=_FASHION_MNIST,
          url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"),
     _Cifar(name="cifar10", mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),
            images=50_000, classes=10, side=32, padding=4, folder="cifar-10-batches-py",

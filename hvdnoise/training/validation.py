@@ -87,9 +87,9 @@ def _check_batch(config: TrainConfig, size: int) -> None:
     from hvdnoise.training.optim import build_schedule
     from hvdnoise.training.sampler import steps_per_epoch
     data = config.data
-    given = data.limit if data.record.counted else data.record.count(data)[0]
-    if given is not None:
-        steps_per_epoch(min(given, data.limit or given), workers, batch)
+    used = data.limit if data.record.counted else data.in_use(data.record.count(data)[0])
+    if used is not None:
+        steps_per_epoch(used, workers, batch)
     build_schedule(optim.SGD(nn.Linear(1, 1).parameters(), lr=config.optim.lr), config.lr,
                    batch * workers, 1, config.epochs)  # for what it refuses
 
