@@ -31,6 +31,7 @@ from torch import Tensor
 from hvdnoise import comm
 from hvdnoise.buckets import default_bucket_bytes
 from hvdnoise.exchange_plan import Shape
+from hvdnoise.measured import Measured
 from hvdnoise.noise.base import (
     MeanObservingNoise,
     Noise,
@@ -40,7 +41,7 @@ from hvdnoise.noise.base import (
     part,
 )
 from hvdnoise.noise.composed import compose
-from hvdnoise.noise_state import Measured, NoiseState
+from hvdnoise.noise_state import NoiseState
 from hvdnoise.parameters import OptimizerParameters
 from hvdnoise.plans import Choice, choose
 from hvdnoise.spectrum import Spectrum
@@ -106,8 +107,8 @@ class _DistributedOptimizer(Wrapper):
 
     @property
     def measure(self) -> bool:
-        """Whether each step computes `measured`: one more pass over the gradients, and 16 bytes
-        through an allreduce. Set it alike on all ranks, before the first backward of a step."""
+        """Whether each step computes `measured`: one more pass over gradients and noise, and 32
+        bytes through an allreduce. Set it alike on all ranks, before a step's first backward."""
         return self._noise_state.measure
 
     @measure.setter
@@ -118,6 +119,21 @@ class _DistributedOptimizer(Wrapper):
     def measured(self) -> Measured | None:
         """The norms of the last exchange that was measured."""
         return self._noise_state.measured
+
+    @property
+    def repeated(self) -> bool | None:
+        """Whether the step under way repeats the batch of the one before, for a noise with
+        ``echo=True``; others ignore it. None, the default: each second step does. Set it alike on
+        all ranks, before the step's first forward. In a repetition without a first pass, or whose
+        first pass was not taken, nothing is displaced.
+        """
+        return self._noise_state.repeated
+
+    @repeated.setter
+    def repeated(self, told: bool | None) -> None:
+        if told not in (True, False, None):
+            raise ValueError(f"repeated={told!r} must be True, False or None")
+        self._noise_state.repeated = None if told is None else bool(told)
 
     @property
     def spectrum_batch(self) -> int | None:

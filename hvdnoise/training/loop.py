@@ -114,7 +114,12 @@ def take_step(job: Job, batches: Iterator[tuple[Tensor, Tensor]], meter: Meter) 
     rate = job.set_learning_rate()
     parts = [next(batches) for _ in job.sampler.worker_ids]
     every = max(1, config.log_every // MEASURES_PER_LINE)
-    optimizer.measure = job.batches.worker != job.batches.total and (at.step + 1) % every == 0
+    repeat = getattr(config.data, "repeat", 1)
+    if repeat > 1:
+        every |= 1  # odd, so that it meets first passes and repetitions
+    optimizer.repeated = at.step % job.sampler.steps_per_epoch % repeat > 0
+    optimizer.measure = (at.step + 1) % every == 0 and (
+        optimizer.noise is not None or job.batches.worker != job.batches.total)
     shows = config.spectrum_every > 0 and (at.step + 1) % config.spectrum_every == 0
     optimizer.spectrum_batch = job.batches.worker if shows else None
     result: dict[str, Any] = {}

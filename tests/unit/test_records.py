@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hvdnoise.noise_state import Measured
+from hvdnoise.measured import Measured
 from hvdnoise.training import progress, records
 from hvdnoise.training.meter import Batches, Meter, noise_scale
 from hvdnoise.training.records import Records, weights_digest
