@@ -67,5 +67,5 @@ class SizedNoise(WeightNoise):
         if share > MOST_SHARE and not self._warned:
             self._warned = True
             warnings.warn(f"share={share:g}{where}: above {MOST_SHARE:g} of the weights' norm a "
-                          f"displacement tends to stop training; lower it (0.02 is usual)",
-                          stacklevel=2)
+                          "displacement tends to stop training; lower it (0.02 is usual)",
+                          stacklevel=4)
