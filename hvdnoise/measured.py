@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from hvdnoise.buckets import Bucket, Layout
-from hvdnoise.mixing import square
+from hvdnoise.mixing import square, square_sum
 from hvdnoise.noise.base import Observation, length_of, square_norms
 from hvdnoise.weight_noise import Displacements, Rates
 from hvdnoise.world import World
@@ -70,7 +70,7 @@ class Measurement:
 
     def worker(self, grad: Tensor) -> None:
         """A worker's gradient of one parameter."""
-        self._own.append(torch.linalg.vector_norm(grad).double().square())
+        self._own.append(square_sum(grad))
 
     def mean(self, flats: list[Tensor]) -> None:
         """The mean gradient before noise is added to it."""

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from hvdnoise.buckets import Bucket, Layout
 from hvdnoise.layers import Layer, layer_bytes, layer_sizes
+from hvdnoise.mixing import square_sum
 from hvdnoise.roots import Root
 
 Schedule = float | Callable[[int], float]
@@ -502,9 +503,8 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
 def length_of(layout: Layout, counts: Callable[[Sequence[int]], bool] = lambda shape: True
               ) -> float:
     """The length of all parameters of a layout together, of those whose shape ``counts``."""
-    kept = ([p.detach() for p in bucket.parameters if counts(p.shape)]
-            for bucket in layout.buckets)
-    return _length(norms(each).double().square().sum() for each in kept if each)
+    return _length(square_sum(p) for bucket in layout.buckets for p in bucket.parameters
+                   if counts(p.shape))
 
 
 def _length(squares: Iterable[Tensor]) -> float:

@@ -147,7 +147,8 @@ def test_the_meter_averages_over_ranks_and_before_it_divides() -> None:
         for norms in ((4.0, 2.0), (2.0, 2.0)):
             sums = torch.tensor([1.0 + world.rank, 1.0, 2.0], dtype=torch.float64)
             meter.add(sums, learning_rate=0.1, seconds=0.5, waiting=0.25, bad=False,
-                      measured=Measured(norms[0], 99.0, norms[1], noise_rms=norms[0], noise_radius=norms[0],
+                      measured=Measured(norms[0], 99.0, norms[1], noise_rms=norms[0],
+                                        noise_radius=norms[0],
                                         noise_share=None if norms[0] > 3 else 0.02))
         bad = torch.tensor([float(world.rank), 0, 2], dtype=torch.float64)
         meter.add(bad, learning_rate=0.1, seconds=0.5, waiting=0.25, bad=True,

@@ -139,6 +139,15 @@ def test_half_precision_does_not_overflow() -> None:
     assert filter_norms([p.detach()]).tolist() == pytest.approx([600000.0] * 3)
 
 
+def test_norms_of_millions_of_numbers() -> None:
+    """torch's own sum of 3 million squares in float32 is off by 1e-4."""
+    x = 0.005 + 0.01 * streams.normal(3_000_001, 0, "many")
+    expected = float(np.square(x.numpy().astype(np.float64)).sum())
+    assert mixing.square(x) == pytest.approx(expected, rel=1e-7)
+    assert mixing.square(x[1:].view(3, -1).T) == pytest.approx(expected, rel=1e-6)
+    assert mixing.square(x[:0]) == 0 and mixing.square(x[:5].double()) > 0
+
+
 # ---- filters
 
 def parameters() -> list[tuple[str, nn.Parameter]]:
