@@ -125,8 +125,8 @@ PLANS: dict[str, list[Any]] = {
 @pytest.mark.parametrize("ranks", [2, 1])
 @pytest.mark.parametrize("plan", PLANS)
 def test_no_deviations_of_another_batch(plan: str, ranks: int) -> None:
-    assert_dense("gnc", PLANS[plan], ranks)
-    assert_dense("sam", PLANS[plan], ranks)
+    for name in ("gnc", "sam", "share"):
+        assert_dense(name, PLANS[plan], ranks)
 
 
 def test_a_first_pass_that_was_only_announced_counts() -> None:

@@ -151,12 +151,14 @@ def test_norms_of_millions_of_numbers() -> None:
 # ---- filters
 
 def parameters() -> list[tuple[str, nn.Parameter]]:
-    """A bias, a matrix, a convolution in channels last, a transposed matrix, one number."""
-    shapes = [(5,), (4, 3), (2, 3, 2, 2), (3, 4), ()]
+    """A bias, a matrix, a convolution in channels last, a transposed matrix, one number, and
+    filters that are the second of three dimensions in memory."""
+    shapes = [(5,), (4, 3), (2, 3, 2, 2), (3, 4), (), (4, 3, 2)]
     made = [1 + streams.normal(shape, 3, "p", n, dtype=torch.float64)
             for n, shape in enumerate(shapes)]
     made[2] = made[2].to(memory_format=torch.channels_last)
     made[3] = made[3].T.contiguous().T
+    made[5] = made[5].transpose(0, 1).contiguous().transpose(0, 1)
     return [(f"p{n}", nn.Parameter(each)) for n, each in enumerate(made)]
 
 
