@@ -97,6 +97,11 @@ def test_parts_that_cut_through_filters_add_up(monkeypatch: Any, source: str, ra
     assert_same_run(record, dense_gnc(source, "relative", 0.3, **FILTERS)[0])
 
 
+def test_a_scope_without_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"none of the parameters.*\(4,\).*scope=\"all\""):
+        build(alone(), GNC(scope="matrices"), model=nn.LayerNorm(4), V=2)
+
+
 def test_gnc_without_arguments_is_two_percent() -> None:
     given, default = (run(2, 2, make) for make in (lambda: GNC(share=0.02), GNC))
     assert all(map(torch.equal, given.weights, default.weights))
