@@ -9,19 +9,19 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
 
-from hvdnoise.buckets import Layout
+from hvdnoise.buckets import Bucket, Layout
 from hvdnoise.comm import World
 from hvdnoise.displacement import Term
 from hvdnoise.exchange import Exchange
 from hvdnoise.kept_state import KeptState
 from hvdnoise.layers import LayerStatistics
-from hvdnoise.mixing import square
+from hvdnoise.measured import Measured, Measurement
 from hvdnoise.noise.base import (
     ExampleNoise,
     LayerNoise,
@@ -45,19 +45,6 @@ from hvdnoise.watch import ModelWatch
 from hvdnoise.weight_noise import Displacements, NoiseCoverage, Rates
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Squared norms of one step, equal on all ranks, in units of the unscaled loss."""
-
-    worker_square_norm: float  # mean over the workers of |g_i|^2
-    gradient_square_norm: float  # |g|^2 of the gradient that the update uses, noise included
-    mean_square_norm: float  # the same before a noise on the mean was added
-    # of the displacements over all workers, or of the noise on the mean; None for the noises that
-    # act through weights of workers or examples, whose noise is never formed
-    noise_rms: float | None
-    weight_deviation: float | None = None  # of weights of workers or examples, where it is known
-
-
 class NoiseState:
     """A noise (or None) with the state of the step under way.
 
@@ -70,6 +57,9 @@ class NoiseState:
         spectrum: of the last step for which it was wanted; None for one worker.
         observing: whether the noise may observe; not in the second pass of lag 0.
         first_pass: whether this is the first pass of lag 0, whose mean nobody uses.
+        repeated: whether the step under way repeats the batch of the one before, for a noise with
+            ``echo``; None: in each second step.
+        dropped: whether there has been a step that was not taken, by which steps are miscounted.
         watch: the calls of the model's modules; None where no noise needs to know of them.
         memory: the most bytes that rows, statistics, what the noise keeps and displaced weights
             took at a time.
@@ -85,6 +75,8 @@ class NoiseState:
         self._observer = SpectrumObserver()
         self.loss_scale: float | Callable[[], float] = 1.0
         self.observing, self.first_pass = True, False
+        self._repeated: bool | None = None
+        self.dropped = False
         self.watch: ModelWatch | None = None
         weights = part(noise, WeightNoise)
         self._weights = Displacements(weights) if weights is not None else None
@@ -114,14 +106,34 @@ class NoiseState:
             self.watch = ModelWatch(terms, names, displaces=self._weights is not None,
                                     in_eval=in_eval, on_module=self._layers.watch)
 
+    @property
+    def repeated(self) -> bool | None:
+        return self._repeated
+
+    @repeated.setter
+    def repeated(self, told: bool | None) -> None:
+        self._repeated = told
+        if told is False and self._echoes:  # another batch than that of the last observation
+            self._past.clear()
+
+    @property
+    def _echoes(self) -> bool:
+        return self._weights is not None and self._weights.noise.echo
+
+    @property
+    def _repeats(self) -> bool:
+        """Whether the step under way is a repetition."""
+        if self._repeated is None and self.dropped:
+            raise RuntimeError("a step was dropped, and noise with echo=True takes each second "
+                               "step for a repetition: set optimizer.repeated before each step")
+        return self.steps % 2 == 1 if self._repeated is None else self._repeated
+
     def forget_passes(self) -> None:
         """Nothing of the passes under way remains; what they have shown is dropped."""
         self._pending = None
         self._kept.drop()
         self._worker_weights: dict[float, list[float]] = {}  # by examples of a worker
-        self._local_squares: list[Tensor] = []
-        self._added_square = 0.0  # of the noise on the mean
-        self._mean_square: float | None = None  # of the mean without it
+        self._measurement = Measurement()
         self._weight_deviation: float | None = None
         self._examples: list[list[int]] = [[]]  # by worker and pass
         self._from_examples.forget()
@@ -165,7 +177,10 @@ class NoiseState:
             self._pending = PendingObservation(
                 mean, self.context(of=mean), layout, self._current_loss_scale,
                 statistics=self._from_examples.sums if mean.sees_examples else None)
-        if weights is not None and self.observing and self._is_due(weights):
+        if self._echoes and not self._repeats:
+            self._past.clear()
+        if weights is not None and self.observing and self._is_due(weights) and not (
+                self._echoes and self._repeats):
             of_weights = PendingObservation(
                 weights, self.context(of=weights), layout, self._current_loss_scale,
                 stays=self.first_pass and weights.needs_no_mean)
@@ -252,14 +267,24 @@ class NoiseState:
         """The delta of each parameter for this rank's worker number ``v``; see `Displacements`."""
         if self._weights is None:
             return {}
-        due = self._past[0] if len(self._past) == self._past.maxlen else None
+        due = self._due
+        state = self._kept.of_displacement(self._weights.noise)
+        context = replace(self.context(), state=state)
         if not self._weights.are_of(due, v):
-            state = self._kept.of_displacement(self._weights.noise)
-            context = replace(self.context(), state=state)
             with torch.no_grad():
-                self._weights.form(due, v, context, learning_rates, measure=self.measure)
+                self._weights.form(due, v, context, learning_rates)
             self._note_memory(self._weights.memory)
+        if self.measure:
+            with torch.no_grad():
+                self._weights.measure(context, learning_rates)
         return self._weights.terms
+
+    @property
+    def _due(self) -> PendingObservation | None:
+        """The observation by which the step under way is displaced; None: it is not."""
+        if self._echoes and not self._repeats:
+            return None
+        return self._past[0] if len(self._past) == self._past.maxlen else None
 
     def _note_memory(self, displaced: int = 0) -> None:
         """The displaced weights are gone before the rows of the step are there."""
@@ -314,7 +339,7 @@ class NoiseState:
     def captured(self, grad: Tensor | None) -> None:
         """A worker's gradient of one parameter is known."""
         if self.measure and grad is not None:
-            self._local_squares.append(torch.linalg.vector_norm(grad).double().square())
+            self._measurement.worker(grad)
 
     def begin_pass(self, *, counts: bool) -> None:
         """A backward pass has begun; ``counts``: it is one of the step, if it comes to its end."""
@@ -367,7 +392,7 @@ class NoiseState:
             self.spectrum = self._observer.spectrum(exchange, self.world, seen,
                                                     self._current_loss_scale())
         if self.measure and (noise is not None or observer is not None):
-            self._mean_square = sum(square(flat) for _, flat in exchange.reduced())
+            self._measurement.mean([flat for _, flat in exchange.reduced()])
         if observer is not None:
             self._show_means(observer, exchange)
         if noise is None:
@@ -380,7 +405,7 @@ class NoiseState:
             self._show_layers(noise, exchange, context)
         for bucket, reduced_N in exchange.reduced():
             noise_N = noise.mean_noise(bucket, observation, context)
-            self._add(noise, "mean_noise", noise_N, reduced_N, scale)
+            self._add(noise, "mean_noise", bucket, noise_N, reduced_N, scale)
 
     def _show_means(self, noise: MeanObservingNoise, exchange: Exchange) -> None:
         context = replace(self.context(), state=self._kept.of_mean(noise))
@@ -389,7 +414,7 @@ class NoiseState:
             mean_N = reduced_N / scale if scale != 1 else reduced_N
             added_N = noise.observe_mean(bucket, mean_N, context)
             if added_N is not None:
-                self._add(noise, "observe_mean", added_N, reduced_N, scale)
+                self._add(noise, "observe_mean", bucket, added_N, reduced_N, scale)
         self._note_memory()
 
     def _show_layers(self, noise: LayerNoise, exchange: Exchange, context: StepContext) -> None:
@@ -404,12 +429,12 @@ class NoiseState:
         for layer, pair in zip(wanted, zip(rooted[::2], rooted[1::2])):
             noise.take_roots(places[layer], layer, *pair, context)
 
-    def _add(self, noise: Noise, call: str, noise_N: Tensor, reduced_N: Tensor, scale: float
-             ) -> None:
+    def _add(self, noise: Noise, call: str, bucket: Bucket, noise_N: Tensor, reduced_N: Tensor,
+             scale: float) -> None:
         check_returned(noise, call, noise_N, tuple(reduced_N.shape))
         reduced_N.add_(noise_N, alpha=scale)
         if self.measure:
-            self._added_square += square(noise_N)
+            self._measurement.added(bucket, noise_N)
 
     def _unobserved(self, exchange: Exchange) -> Observation:
         """For a noise that does not observe: the examples alone."""
@@ -417,24 +442,17 @@ class NoiseState:
         handle = self.world.allreduce_(examples, name=f"{exchange.label}.examples", op="sum")
         return Observation(exchange.layout, {}, {}, float(handle.wait()))
 
-    def measure_norms(self, exchange: Exchange) -> None:
+    def measure_norms(self, exchange: Exchange, learning_rates: Rates) -> None:
         """Compute `measured`, if it is wanted."""
         if not self.measure:
             return
-        V, scale = self.virtual_workers, self._current_loss_scale()
         known = self.noise is None or any(
             each is not None for each in (self._weights, self._mean, self._mean_observer))
-        squares = self._added_square * V if self._weights is None else \
-            sum(self._weights.squares.values())
-        mine = torch.tensor([sum(map(float, self._local_squares)) / scale ** 2, squares],
-                            dtype=torch.float64)
-        handle = self.world.allreduce_(mine, name=f"{exchange.label}.measure")
-        worker, noise = (handle.wait() / V).tolist()
-        total = sum(square(flat) for _, flat in exchange.reduced())
-        mean = total if self._mean_square is None else self._mean_square
-        self.measured = Measured(worker, total / scale ** 2, mean / scale ** 2,
-                                 math.sqrt(noise) if known else None,
-                                 self._weight_deviation)
+        self.measured = self._measurement.finish(
+            [flat for _, flat in exchange.reduced()], exchange.layout, self._weights,
+            self._due, learning_rates, self.world, workers=self.virtual_workers,
+            loss_scale=self._current_loss_scale(), name=f"{exchange.label}.measure", known=known,
+            weight_deviation=self._weight_deviation)
 
     # ------------------------------------------------------------------ state
 
@@ -462,7 +480,7 @@ class NoiseState:
         of_buckets = self._kept.load_state_dict((state or {}).get("kept", {}), layout)
         if self._weights is not None:
             self._weights.forget()
-        self.steps = state["steps"] if state else 0
+        self.steps, self.dropped = state["steps"] if state else 0, False
         if self.noise is None or not state:
             return
         weights = part(self.noise, WeightNoise)

@@ -31,6 +31,7 @@ from torch import Tensor
 from hvdnoise import comm
 from hvdnoise.buckets import default_bucket_bytes
 from hvdnoise.exchange_plan import Shape
+from hvdnoise.measured import Measured
 from hvdnoise.noise.base import (
     MeanObservingNoise,
     Noise,
@@ -40,7 +41,7 @@ from hvdnoise.noise.base import (
     part,
 )
 from hvdnoise.noise.composed import compose
-from hvdnoise.noise_state import Measured, NoiseState
+from hvdnoise.noise_state import NoiseState
 from hvdnoise.parameters import OptimizerParameters
 from hvdnoise.plans import Choice, choose
 from hvdnoise.spectrum import Spectrum
@@ -106,8 +107,8 @@ class _DistributedOptimizer(Wrapper):
 
     @property
     def measure(self) -> bool:
-        """Whether each step computes `measured`: one more pass over the gradients, and 16 bytes
-        through an allreduce. Set it alike on all ranks, before the first backward of a step."""
+        """Whether each step computes `measured`: one more pass over gradients and noise, and 32
+        bytes through an allreduce. Set it alike on all ranks, before a step's first backward."""
         return self._noise_state.measure
 
     @measure.setter
@@ -118,6 +119,21 @@ class _DistributedOptimizer(Wrapper):
     def measured(self) -> Measured | None:
         """The norms of the last exchange that was measured."""
         return self._noise_state.measured
+
+    @property
+    def repeated(self) -> bool | None:
+        """Whether the step under way repeats the batch of the one before, for a noise with
+        ``echo=True``; others ignore it. None, the default: each second step does. Set it alike on
+        all ranks, before the step's first forward. In a repetition without a first pass, or whose
+        first pass was not taken, nothing is displaced.
+        """
+        return self._noise_state.repeated
+
+    @repeated.setter
+    def repeated(self, told: bool | None) -> None:
+        if told not in (True, False, None):
+            raise ValueError(f"repeated={told!r} must be True, False or None")
+        self._noise_state.repeated = None if told is None else bool(told)
 
     @property
     def spectrum_batch(self) -> int | None:
@@ -419,6 +435,11 @@ def DistributedOptimizer(
     names = named(optimizer, named_parameters)
     world = world or comm.HorovodWorld(process_set)
     check_noise(noise, world.size * virtual_workers)
+    weights = part(noise, WeightNoise)
+    if weights is not None and parameters and not any(
+            weights.displaces(p.shape) for p in parameters):
+        raise ValueError(f"{type(weights).__name__} would displace none of the parameters, which "
+                         f"have shapes such as {tuple(parameters[0].shape)}: give scope=\"all\"")
     if getattr(compression, "__name__", None) == "NoneCompressor":
         compression = None
     numbers = sum(p.numel() for p in parameters)
@@ -433,7 +454,7 @@ def DistributedOptimizer(
                       gradient_predivide_factor=gradient_predivide_factor,
                       keep_rows=noise is not None and (
                           noise.needs_deviations or noise.sees_examples
-                          or part(noise, WeightNoise) is not None
+                          or weights is not None
                           or part(noise, MeanObservingNoise) is not None),
                       lag=max(1, noise.lag) if noise is not None else 1, plan=choice.plan,
                       precision=noise_precision,

@@ -218,4 +218,6 @@ def _alike(state: Mapping[str, Any], layout: Layout, noise: Noise, context: Step
             and state["workers"] == context.num_workers
             and all(len(row) == len(context.workers) for row in rows.values())
             and (sorted(rows) == list(buckets)) == (noise.rows is not None)
-            and (sorted(statistics) == list(buckets)) == (noise.statistics is not None))
+            and (sorted(statistics) == list(buckets)) == (noise.statistics is not None)
+            and all(noise.statistics is not None and sums.shape == noise.statistics.new(
+                layout.buckets[index], "meta").shape for index, sums in statistics.items()))

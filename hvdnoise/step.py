@@ -117,6 +117,7 @@ class StepRunner:
 
     def restart(self) -> None:
         """Drop the passes of the step under way, having waited for their exchange."""
+        self.noise.dropped |= self.done > 0 or self._broken
         self._forget_passes()
         self.noise.forget_passes()
 
@@ -184,7 +185,7 @@ class StepRunner:
         exchange.hand_out()  # into p.grad
         exchange.share(noise.examples())  # sum up what the noise observed
         noise.add_to_mean(exchange)
-        noise.measure_norms(exchange)
+        noise.measure_norms(exchange, self.parameters.learning_rates)
         self._broken, self.reduced = False, True
         self.parameters.sparse.update({p: name for p, name in self.parameters.names.items()
                                        if name in exchange.found_sparse})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any, Callable, Iterable
@@ -41,12 +42,12 @@ class Displacements:
     Attributes:
         terms: the delta of each parameter; the same dict for all calls in a row for one worker.
         coverage: of the steps so far.
-        squares: |delta|^2 of each worker of this rank in this step, where they are measured.
     """
 
     def __init__(self, noise: WeightNoise) -> None:
         self.coverage = NoiseCoverage()
-        self.squares: dict[int, float] = {}
+        # |delta|^2 and |alpha u|^2 of each worker of this rank, in a step that is measured
+        self._squares: dict[int, tuple[float, float]] = {}
         self.noise = noise
         self.terms: dict[Tensor, Term] = {}
         self._formed = 0  # bytes of them that are neither rows nor kept by the noise
@@ -61,7 +62,7 @@ class Displacements:
 
     def forget(self) -> None:
         """The next forward needs other deltas."""
-        self.terms, self._of, self.squares, self._formed = {}, None, {}, 0
+        self.terms, self._of, self._squares, self._formed = {}, None, {}, 0
 
     def forget_passes(self) -> None:
         """What the passes of the step under way have shown is dropped."""
@@ -79,13 +80,16 @@ class Displacements:
         return self._of == (due, v)
 
     def form(self, due: PendingObservation | None, v: int, context: StepContext,
-             learning_rates: Rates, *, measure: bool) -> None:
+             learning_rates: Rates) -> None:
         """Form the deltas of this rank's worker number ``v``; none where no noise is due."""
-        if due is None:
+        if self._of is None or self._of[0] is not due:
             self.forget()
-            self._of = due, v
+            if due is not None:
+                due.forget_weights()
+        self.terms, self._of, self._formed = {}, (due, v), 0
+        self._squares.pop(v, None)
+        if due is None:
             return
-        self.terms, self._of, self._formed, total = {}, (due, v), 0, 0.0
         rate, known = learning_rates(), storages([*due.tensors, *context.state.values()])
         for bucket in due.layout.buckets:
             clean = [p.detach() for p in bucket.parameters]
@@ -98,9 +102,26 @@ class Displacements:
             for t, p in enumerate(bucket.parameters):
                 if factors[t] and p.shape == bucket.shapes[t]:
                     self.terms[p] = Term(bucket.view(unit_N, t), factors[t], v)
-                    if measure:
-                        total += factors[t] ** 2 * square(self.terms[p].unit)
-        self.squares[v] = total
+
+    def measure(self, context: StepContext, learning_rates: Rates) -> None:
+        """Measure the deltas that were formed last, unless they are measured already."""
+        if self._of is None or (due := self._of[0]) is None or self._of[1] in self._squares:
+            return
+        v, rates, along = self._of[1], learning_rates(), 0.0
+        for bucket in due.layout.buckets:
+            found = self.noise.along(bucket, v, due, context)
+            for t, (p, shape) in enumerate(zip(bucket.parameters, bucket.shapes)):
+                if found is None or (rate := rates.get(p)) is None:
+                    along = math.nan
+                elif self.noise.displaces(shape):
+                    along += (rate * found[1][t]) ** 2 * square(bucket.view(found[0], t))
+        total = sum(term.factor ** 2 * square(term.unit) for term in self.terms.values())
+        self._squares[v] = total, along
+
+    def measured(self) -> tuple[float, float]:
+        """The sums over this rank's workers of |delta|^2 and of |alpha u|^2 (nan: not known)."""
+        squares, along = zip(*self._squares.values()) if self._squares else ((), ())
+        return sum(squares), sum(along)
 
     def check(self, p: Tensor, v: int, watch: ModelWatch) -> None:
         """Note whether the gradient of ``p`` came from its displaced weight.

@@ -98,6 +98,11 @@ def expected_radius_scale(deviations_WP: ArrayLike, radius: float) -> float:
     return radius / math.sqrt(float(np.trace(gnc_gathered_covariance(deviations_WP, 1.0))))
 
 
+def share_radius(parameters_P: ArrayLike, share: float) -> float:
+    """S2 `share`: rho is a share of the norm of all displaced weights."""
+    return share * math.sqrt(float(np.sum(as_float64(parameters_P) ** 2)))
+
+
 def relative_scales(unit_displacements_WP: ArrayLike, parameters_P: ArrayLike,
                     sizes: Sequence[int], relative: float) -> list[float]:
     """S2 `relative`: one s per tensor: rms over workers of ||delta_i|| = rho ||theta||, in it.
@@ -114,6 +119,17 @@ def relative_scales(unit_displacements_WP: ArrayLike, parameters_P: ArrayLike,
         start += size
     assert start == len(parameters_P), "sizes must cover all parameters"
     return scales
+
+
+def share_of(displacements_WP: ArrayLike, parameters_P: ArrayLike) -> float:
+    """S7: the root mean square of |delta_i| as a share of |theta|."""
+    return root_mean_square_norm(displacements_WP) / share_radius(parameters_P, 1.0)
+
+
+def lr_multiple(displacements_WP: ArrayLike, along_WP: ArrayLike, rates_P: ArrayLike) -> float:
+    """S7: the root mean square of |delta_i| over that of |alpha u_i|."""
+    return root_mean_square_norm(displacements_WP) / root_mean_square_norm(
+        as_float64(along_WP) * as_float64(rates_P))
 
 
 # ---- S3, I1, I2: noise on the gradient

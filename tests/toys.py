@@ -199,8 +199,26 @@ class Dense:
                            for name, view in zip(bucket.names, bucket.views(flat_N)))
         return np.concatenate([by_name[name] for name, _ in self.model.named_parameters()])
 
+    def displaced(self, scope: str) -> Any:
+        """Where in P the parameters lie that a scope displaces."""
+        shapes = [p.dim() for p in self.model.parameters()]
+        return np.concatenate([np.arange(each.start, each.stop) for each, dim in zip(
+            self.tensors(), shapes) if scope == "all" or dim > 1])
+
+    def parts(self, scale: str, scope: str, per: str) -> list[Any]:
+        """Where in P the parts lie each of which has a scale of its own."""
+        if scale != "relative":
+            return [self.displaced(scope)]
+        found: list[Any] = []
+        for p, where in zip(self.model.parameters(), self.tensors()):
+            if scope == "all" or p.dim() > 1:
+                found += np.split(np.arange(where.start, where.stop),
+                                  p.shape[0] if per == "filter" else 1)
+        return found
+
     def gnc_displacements(self, deviations_WP: Array, *, seen: int, step: int, source: str,
-                          scale: str, size: float, seed: int) -> Array:
+                          scale: str, size: float, seed: int, scope: str = "all",
+                          per: str = "tensor") -> Array:
         """(W, P): delta_i of METHODS section 2, from deviations seen in step ``seen``.
 
         gathered draws when it sees the deviations, isotropic when it displaces.
@@ -212,24 +230,23 @@ class Dense:
         else:
             normals_WN = np.stack([self.normals("gnc-isotropic", step, seed=seed, per_worker=True,
                                                 worker=i) for i in range(W)])
-        everything = [slice(0, P)]
-        displacements_WP = np.zeros((W, P))
-        for where in self.tensors() if scale == "relative" else everything:
-            part_WP = deviations_WP[:, where]
+        displacements_WP, inside = np.zeros((W, P)), self.displaced(scope)
+        for where in self.parts(scale, scope, per):
+            part_WP, radius = deviations_WP[:, where], size
             if source == "own":
                 unit_WP = reference.gnc_own(part_WP, 1.0)
-                s = reference.radius_scale(unit_WP, size) if scale != "lr" else size
+            elif source == "gathered":
+                unit_WP = reference.gnc_gathered(part_WP, normals_WN, 1.0)
+            elif source == "layerwise" and scale != "relative":
+                unit_WP = np.concatenate([
+                    reference.gnc_isotropic(deviations_WP[:, t], normals_WN[:, t], 1.0)
+                    for t in self.tensors() if t.start in inside], axis=1)
             else:
-                unit_WP = reference.gnc_gathered(part_WP, normals_WN, 1.0) \
-                    if source == "gathered" else \
-                    reference.gnc_isotropic(part_WP, normals_WN[:, where], 1.0)
-                if source == "layerwise" and scale != "relative":
-                    unit_WP = np.concatenate([
-                        reference.gnc_isotropic(deviations_WP[:, t], normals_WN[:, t], 1.0)
-                        for t in self.tensors()], axis=1)
-                s = reference.expected_radius_scale(part_WP, size) if scale != "lr" else size
-            if scale == "relative":
-                s *= float(np.linalg.norm(self.theta_P[where]))
+                unit_WP = reference.gnc_isotropic(part_WP, normals_WN[:, where], 1.0)
+            if scale in ("relative", "share"):
+                radius = reference.share_radius(self.theta_P[where], size)
+            s = size if scale == "lr" else reference.radius_scale(unit_WP, radius) \
+                if source == "own" else reference.expected_radius_scale(part_WP, radius)
             displacements_WP[:, where] = s * unit_WP
         return displacements_WP * (self.rate_P() if scale == "lr" else 1.0)
 

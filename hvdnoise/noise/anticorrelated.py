@@ -30,36 +30,32 @@ from torch import Tensor
 
 from hvdnoise import streams
 from hvdnoise.buckets import Bucket
-from hvdnoise.noise.base import (
-    Observation,
-    Schedule,
-    StepContext,
-    WeightNoise,
-    at_step,
-    check_scale,
-)
+from hvdnoise.noise.base import Observation, Schedule, StepContext
+from hvdnoise.noise.scale import SizedNoise
 
 
-class AnticorrelatedNoise(WeightNoise):
+class AnticorrelatedNoise(SizedNoise):
     """Baseline anticorrelated noise: gradients at weights moved by white noise, alike everywhere.
 
     Args:
-        radius: r, the root mean square length of the noise; a number >= 0 or a function of the
-            step. Each weight's noise has the standard deviation r/sqrt(P).
+        radius, share: r, the root mean square length of the noise, in the units of the weights or
+            as a share of their norm; one of the two, a number >= 0 or a function of the step. Each
+            weight's noise has the standard deviation r/sqrt(P).
         seed: of the shared stream; the same on all ranks.
 
     Raises:
         ValueError: for a value outside these.
     """
 
-    def __init__(self, radius: Schedule, *, seed: int = 0) -> None:
+    def __init__(self, radius: Schedule | None = None, *, share: Schedule | None = None,
+                 seed: int = 0) -> None:
         super().__init__(seed=seed)
-        self.radius = check_scale("radius", radius)
+        self.take_scale(radius=radius, share=share)
 
     def displacement(self, bucket: Bucket, v: int, clean: Sequence[Tensor],
                      learning_rates: Sequence[float | None], observation: Observation,
                      context: StepContext) -> tuple[Tensor, list[float]]:
-        deviation = at_step(self.radius, context.step) / math.sqrt(observation.layout.numbers)
+        deviation = self.length(observation, context) / math.sqrt(observation.layout.numbers)
         xi_N = streams.normal(bucket.size, self.seed, "anticorrelated", context.step, bucket.index,
                               device=bucket.device, dtype=bucket.dtype)
         return xi_N, [deviation] * len(clean)

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from hvdnoise.buckets import Bucket, Layout
 from hvdnoise.layers import Layer, layer_bytes, layer_sizes
+from hvdnoise.mixing import square_sum
 from hvdnoise.roots import Root
 
 Schedule = float | Callable[[int], float]
@@ -63,21 +64,24 @@ class StepContext:
 
 @dataclass(frozen=True)
 class Statistics:
-    """How many numbers a noise sums up over the deviations; give one of the three.
+    """How many numbers a noise sums up over the deviations; give one of the four.
 
     Args:
         per_bucket: numbers of a bucket, float64.
         per_parameter: numbers of each parameter, float64; in an order of the noise's choice.
+        per_filter: numbers of each filter (`hvdnoise.noise.filters`), float64; likewise.
         elementwise: one for each number of the bucket, in its dtype but at least float32.
     """
 
     per_bucket: int = 0
     per_parameter: int = 0
+    per_filter: int = 0
     elementwise: bool = False
 
     def new(self, bucket: Bucket, device: torch.device | str | None = None) -> Tensor:
         """Zeros for one bucket, on its device or another."""
         size, dtype = self.per_bucket + self.per_parameter * len(bucket.sizes), torch.float64
+        size += self.per_filter * sum(map(num_filters, bucket.shapes))
         if self.elementwise:
             size, dtype = bucket.size, torch.promote_types(bucket.dtype, torch.float32)
         return torch.zeros(size, dtype=dtype, device=device or bucket.device)
@@ -99,14 +103,27 @@ class Observation:
     statistics: dict[int, Tensor]
     examples: float
     _norms: dict[int, float] = field(default_factory=dict, init=False, repr=False)
+    _weight_norms: dict[WeightNoise, float] = field(default_factory=dict, init=False, repr=False)
 
     def row_norm(self, v: int) -> float:
         """The length of row ``v`` over all buckets; computed once, when first asked for."""
         if v not in self._norms:
-            squares = [square_norm(self.rows[bucket.index][v]) for bucket in self.layout.buckets]
-            total = sum(each.to(squares[0].device) for each in squares)
-            self._norms[v] = math.sqrt(float(total))
+            self._norms[v] = _length(square_norm(self.rows[bucket.index][v])
+                                     for bucket in self.layout.buckets)
         return self._norms[v]
+
+    def weight_norm(self, noise: WeightNoise) -> float:
+        """The length of all clean weights that the noise displaces; computed once in a step.
+
+        It is the same on all ranks, whose weights are equal.
+        """
+        if noise not in self._weight_norms:
+            self._weight_norms[noise] = length_of(self.layout, noise.displaces)
+        return self._weight_norms[noise]
+
+    def forget_weights(self) -> None:
+        """The weights are other ones than before."""
+        self._weight_norms.clear()
 
 
 class Noise(ABC):
@@ -312,7 +329,31 @@ class MeanNoise(Noise):
 
 
 class WeightNoise(Noise):
-    """A noise that is added to each worker's weights, ``lag`` steps after the observation."""
+    """A noise that is added to each worker's weights, ``lag`` steps after the observation.
+
+    Attributes:
+        echo: whether it acts in repetitions of a batch only, by what it has observed in the
+            batch's first pass, and observes nothing in repetitions.
+        scales_numbers: whether the numbers of its displacement are new ones, made of its rows.
+    """
+
+    echo: bool = False
+    scales_numbers: bool = False
+
+    def displaces(self, shape: Sequence[int]) -> bool:
+        """Whether it displaces parameters of this shape; the others count in no norm."""
+        return True
+
+    def along(self, bucket: Bucket, v: int, observation: Observation, context: StepContext
+              ) -> tuple[Tensor, list[float]] | None:
+        """Along what it displaces the worker, in the units of gradients; as `displacement`.
+
+        The displacement is measured in multiples of what the learning rate makes of it
+        (`hvdnoise.measured`). None: there is nothing of the kind.
+        """
+        if self.rows is None:
+            return None
+        return observation.rows[bucket.index][v], [1.0] * len(bucket.sizes)
 
     @abstractmethod
     def displacement(self, bucket: Bucket, v: int, clean: Sequence[Tensor],
@@ -446,6 +487,30 @@ def known_rate(rate: float | None, follows: str, remedy: str) -> float:
         raise ValueError(f"{follows} follows the learning rate, and the optimizer has none: give "
                          f"its groups an lr{remedy}")
     return float(rate)
+
+
+def num_filters(shape: Sequence[int]) -> int:
+    """The rows p[k] of a parameter of two and more dimensions; others have none."""
+    return shape[0] if len(shape) > 1 else 0
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """(T,): the length of each of some tensors of one dtype and device, in float32 at least."""
+    return torch.stack(torch._foreach_norm(list(tensors), dtype=torch.promote_types(
+        tensors[0].dtype, torch.float32)))
+
+
+def length_of(layout: Layout, counts: Callable[[Sequence[int]], bool] = lambda shape: True
+              ) -> float:
+    """The length of all parameters of a layout together, of those whose shape ``counts``."""
+    return _length(square_sum(p) for bucket in layout.buckets for p in bucket.parameters
+                   if counts(p.shape))
+
+
+def _length(squares: Iterable[Tensor]) -> float:
+    """The square root of the sum of numbers, which may lie on several devices; waits once."""
+    found = list(squares)
+    return math.sqrt(float(sum(each.to(found[0].device) for each in found))) if found else 0.0
 
 
 def square_norm(part: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Momentum SAM: weights moved against the momentum of the mean gradient: a baseline.
 
     delta = -rho v / |v|,   v <- mu v + mean gradient      |v| = 0: no displacement
+    rho     radius, or share * |theta| (hvdnoise.noise.scale)
 
 v is the noise's own, of the mean gradients as they were exchanged: before clipping, and without
 the optimizer's weight decay. The norm is over all parameters. The first step has no displacement.
@@ -23,19 +24,18 @@ from hvdnoise.noise.base import (
     Observation,
     Schedule,
     StepContext,
-    WeightNoise,
-    at_step,
-    check_scale,
     check_share,
     square_norm,
 )
+from hvdnoise.noise.scale import SizedNoise
 
 
-class MomentumSAM(WeightNoise, MeanObservingNoise):
+class MomentumSAM(SizedNoise, MeanObservingNoise):
     """Baseline momentum SAM: gradients at weights moved against the momentum, at no extra pass.
 
     Args:
-        radius: rho, the length of the displacement; a number >= 0 or a function of the step.
+        radius, share: rho, the length of the displacement, in the units of the weights or as a
+            share of their norm; one of the two, a number >= 0 or a function of the step.
         momentum: mu, 0 <= momentum < 1, of the noise's own buffer.
         seed: not used.
 
@@ -43,9 +43,10 @@ class MomentumSAM(WeightNoise, MeanObservingNoise):
         ValueError: for a value outside these.
     """
 
-    def __init__(self, radius: Schedule, *, momentum: float = 0.9, seed: int = 0) -> None:
+    def __init__(self, radius: Schedule | None = None, *, share: Schedule | None = None,
+                 momentum: float = 0.9, seed: int = 0) -> None:
         super().__init__(seed=seed)
-        self.radius = check_scale("radius", radius)
+        self.take_scale(radius=radius, share=share)
         self.momentum = check_share("momentum", momentum)
 
     def observe_mean(self, bucket: Bucket, mean_N: Tensor, context: StepContext) -> None:
@@ -59,5 +60,9 @@ class MomentumSAM(WeightNoise, MeanObservingNoise):
                      context: StepContext) -> tuple[Tensor, list[float]]:
         norm = math.sqrt(sum(context.state[f"{each.key} square"]
                              for each in observation.layout.buckets))
-        factor = -at_step(self.radius, context.step) / norm if norm > 0 else 0.0
+        factor = -self.length(observation, context) / norm if norm > 0 else 0.0
         return context.state[bucket.key], [factor] * len(clean)
+
+    def along(self, bucket: Bucket, v: int, observation: Observation, context: StepContext
+              ) -> tuple[Tensor, list[float]]:
+        return context.state[bucket.key], [1.0] * len(bucket.sizes)

@@ -101,8 +101,9 @@ def noise_memory(noise: Noise | None, layout: Layout, V: int) -> int:
     rows = V if noise.needs_deviations else 0
     past = max(1, noise.lag) * V if noise.rows is not None else 0
     displaced = 0
-    if part(noise, WeightNoise) is not None:
-        displaced = 1 if noise.rows is not None or kept else 2  # with the numbers themselves
+    if (weights := part(noise, WeightNoise)) is not None:
+        own = weights.scales_numbers or noise.rows is None and not kept
+        displaced = 1 + own  # with the numbers themselves
     forward = kept + past + displaced + (rows if V > 1 and noise.lag > 0 else 0)
     end = kept + bool(kept) + rows + (past if noise.lag > 0 else 0)
     nbytes = sum(bucket.size * bucket.dtype.itemsize for bucket in layout.buckets)

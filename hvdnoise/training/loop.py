@@ -125,10 +125,7 @@ def take_step(job: Job, batches: Iterator[tuple[Tensor, Tensor]], meter: Meter) 
     config, optimizer, at = job.config, job.optimizer, job.counters
     rate = job.set_learning_rate()
     parts = [next(batches) for _ in job.sampler.worker_ids]
-    every = max(1, config.log_every // MEASURES_PER_LINE)
-    optimizer.measure = job.batches.worker != job.batches.total and (at.step + 1) % every == 0
-    shows = config.spectrum_every > 0 and (at.step + 1) % config.spectrum_every == 0
-    optimizer.spectrum_batch = job.batches.worker if shows else None
+    shows = _announce(job)
     result: dict[str, Any] = {}
 
     def gradients() -> None:
@@ -160,6 +157,22 @@ def take_step(job: Job, batches: Iterator[tuple[Tensor, Tensor]], meter: Meter) 
     meter.add(result["sums"], learning_rate=rate, seconds=seconds, bad=result["bad"],
               waiting=optimizer.communication_seconds,
               measured=optimizer.measured if optimizer.measure else None)
+
+
+def _announce(job: Job) -> bool:
+    """Say to the optimizer what step begins; whether the spectrum is wanted of it."""
+    config, optimizer, step = job.config, job.optimizer, job.counters.step
+    repeat = getattr(config.data, "repeat", 1)
+    # by the place in the data, whatever became of the step before
+    optimizer.repeated = step % job.sampler.steps_per_epoch % repeat > 0
+    every = max(1, config.log_every // MEASURES_PER_LINE)
+    if repeat > 1:
+        every |= 1  # odd, so that it meets first passes and repetitions
+    optimizer.measure = (step + 1) % every == 0 and (
+        optimizer.noise is not None or job.batches.worker != job.batches.total)
+    shows = config.spectrum_every > 0 and (step + 1) % config.spectrum_every == 0
+    optimizer.spectrum_batch = job.batches.worker if shows else None
+    return shows
 
 
 def _forward_and_backward(job: Job, parts: list[tuple[Tensor, Tensor]]) -> Tensor:

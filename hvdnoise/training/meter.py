@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from hvdnoise.comm import World
-from hvdnoise.noise_state import Measured
+from hvdnoise.measured import Measured
 from hvdnoise.spectrum import Spectrum
+
+SCALES = ("noise_radius", "noise_share", "noise_lr_multiple")  # see hvdnoise.measured
 
 
 @dataclass(frozen=True)
@@ -94,21 +96,26 @@ class Meter:
             "learning_rate": self.learning_rate, "loss": loss / count, "accuracy": correct / count,
             "examples_per_second": count / self.seconds if self.seconds else None,
             "step_seconds": self.seconds / self.steps,
-            "communication_seconds": self.waiting / self.steps, "bad_steps": self.bad_steps}
+            "communication_seconds": self.waiting / self.steps, "bad_steps": self.bad_steps,
+            **{name: self._root_mean_square(name) for name in SCALES}}
         if self.measured:
             worker = _mean([each.worker_square_norm for each in self.measured])
             total = _mean([each.gradient_square_norm for each in self.measured])
             mean = _mean([each.mean_square_norm for each in self.measured])
             scale, trace, square = noise_scale(worker, mean, self.batches)
-            noise = [each.noise_rms for each in self.measured if each.noise_rms is not None]
             values.update(
-                noise_rms=math.sqrt(_mean([rms ** 2 for rms in noise])) if noise else None,
+                noise_rms=self._root_mean_square("noise_rms"),
                 worker_square_norm=worker, gradient_square_norm=total,
                 noise_weight_deviation=self.measured[-1].weight_deviation,
                 gradient_noise_scale=scale, gradient_noise_trace=trace,
                 true_gradient_square_norm=square)
         self._clear()
         return values
+
+    def _root_mean_square(self, name: str) -> float | None:
+        """Over the measured steps in which it is known."""
+        known = [value for each in self.measured if (value := getattr(each, name)) is not None]
+        return math.sqrt(_mean([value ** 2 for value in known])) if known else None
 
 
 def _mean(values: list[float]) -> float:

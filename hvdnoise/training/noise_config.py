@@ -98,6 +98,10 @@ class NoiseConfig:
     def _build(self, *, seed: int, batch_size: int, total_steps: int) -> Noise | None:
         options = dict(self.options)
         final = options.pop("final", None)
+        scheduled = [name for name, each in noise_options(self.kind).items() if each.schedule]
+        if final is not None and not any(name in options for name in scheduled):
+            raise ConfigError(f"noise.final={final:g} is the end of what is not given: give "
+                              f"{' or '.join(f'noise.{name}' for name in scheduled)}, too")
         for name, option in noise_options(self.kind).items():
             if option.default is REQUIRED and name not in options:
                 raise ConfigError(f"noise.kind={self.kind} needs noise.{name}")

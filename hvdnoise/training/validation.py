@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdnoise.exchange_plan import Shape
-from hvdnoise.noise.base import LayerNoise, part
+from hvdnoise.noise.base import LayerNoise, WeightNoise, part
 from hvdnoise.plans import choose
 from hvdnoise.training.config import ConfigError, TrainConfig
 
@@ -115,6 +115,10 @@ def _check_noise(config: TrainConfig, size: int) -> None:
     require(noise.lag != 0 or config.precision != "fp16", "noise.lag", noise.lag,
             "it does not go with precision=fp16 (a step of two passes cannot be scaled); use bf16 "
             "or lag 1")
+    weights = part(noise, WeightNoise)
+    require(weights is None or not weights.echo or getattr(config.data, "repeat", 1) >= 2,
+            "noise.echo", True, "it acts in the second pass over a batch, and each batch is drawn "
+            "once; set data.repeat=2")
     layered = part(noise, LayerNoise)
     if noise.sees_examples or layered is not None:
         from hvdnoise.per_example import check_statistics

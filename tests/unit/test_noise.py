@@ -50,8 +50,18 @@ SCALES: list[tuple[dict[str, Any], str, str]] = [
     ({"radius": value}, f"radius={value!r}", "finite number >= 0 or a function of the step")
     for value in (-1, -0.1, NAN, INFINITY, "0.1", True, [1])]
 REFUSED_GNC = SCALES + [
-    ({}, "no scale", "exactly one of radius=, lr= and relative="),
-    ({"radius": 1, "lr": 1}, "radius and lr", "exactly one"),
+    ({"radius": 1, "lr": 1}, "radius and lr", "exactly one of radius=, lr=, relative= and share="),
+    ({"radius": 1, "share": 0.01}, "radius and share", "exactly one"),
+    ({"share": -0.1}, "share=-0.1", ">= 0"), ({"share": "1"}, "share='1'", "finite number"),
+    ({"scope": "layers"}, "scope='layers'", "all, matrices"),
+    ({"per": "row"}, "per='row'", "tensor, filter"),
+    ({"relative": 0.1, "per": "filter"}, "per='filter'", "scope='matrices'"),
+    ({"share": 0.01, "per": "filter", "scope": "matrices"}, "per='filter'", "give relative="),
+    ({"echo": 1}, "echo=1", "True or False"),
+    ({"echo": True, "lag": 0}, "lag=0", "leave both out"),
+    ({"echo": True, "lag": 2}, "lag=2", "leave both out"),
+    ({"echo": True, "source": "gathered"}, "source='gathered'", "leave both out"),
+    ({"echo": True, "source": "isotropic"}, "source='isotropic'", "leave both out"),
     ({"radius": 1, "relative": 0}, "radius and relative", "exactly one"),
     ({"lr": -1}, "lr=-1", ">= 0"), ({"relative": NAN}, "relative=nan", "finite"),
     ({"radius": 1, "source": "allgather"}, "source='allgather'", "own, gathered, isotropic"),
@@ -105,6 +115,8 @@ def test_make_noise() -> None:
     assert make_noise("none") is None
     gnc, covariance = make_noise("gnc", lr=2.0, source="gathered"), \
         make_noise("covariance", structure="isotropic", emulated_batch=4)
+    default = make_noise("gnc")
+    assert isinstance(default, GNC) and (default.scale, default.size) == ("share", 0.02)
     assert isinstance(gnc, GNC) and (gnc.scale, gnc.size, gnc.source) == ("lr", 2.0, "gathered")
     assert type(covariance) is COVARIANCES["isotropic", "workers"]
 
@@ -125,7 +137,8 @@ def test_a_schedule_that_goes_wrong_is_refused_in_its_step(value: float) -> None
 
 def test_what_ranks_must_agree_on() -> None:
     assert GNC(0.1).describe() == GNC(0.1).describe()
-    others = [GNC(0.2), GNC(lr=0.1), GNC(0.1, source="gathered"), GNC(0.1, lag=0), GNC(0.1, seed=1)]
+    others = [GNC(0.2), GNC(lr=0.1), GNC(0.1, source="gathered"), GNC(0.1, lag=0), GNC(0.1, seed=1),
+              GNC(share=0.1), GNC(0.1, scope="matrices"), GNC(0.1, echo=True)]
     assert all(other.describe() != GNC(0.1).describe() for other in others)
     assert CovarianceNoise("full", 4).describe() != CovarianceNoise("full", 5).describe()
     repr(GNC(lambda step: 1.0).describe())  # a function cannot be compared, and is left out

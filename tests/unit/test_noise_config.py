@@ -88,7 +88,8 @@ def test_a_schedule_reaches_its_final_value() -> None:
     ("--noise.height 1", "noise.height=1.0 does not go with noise.kind=none, which takes no "
                          "options"),
     ("--noise.kind gnc --noise.height 1", "noise.height=1.0 does not go with noise.kind=gnc, which "
-                                          "takes radius, lr, relative, source, lag, final"),
+                                          "takes radius, lr, relative, share, source, lag, "
+                                          "scope, per, echo, final"),
     ("--noise.kind made --noise.radius 1", "noise.radius=1.0 does not go with noise.kind=made, "
                                            "which takes height, source, sharp, parts, final"),
     ("--noise.kind made --noise.height 1 --noise.final -1", "noise.final=-1.0 must be a finite"),
@@ -107,8 +108,8 @@ def test_the_help_explains_every_option_and_who_takes_it(capsys: Any) -> None:
     for text in ("gnc: Displace each worker's weights by gradient noise", "made: Some noise.",
                  "--noise.height HEIGHT of made: how high; 100% is usual. (type: float",
                  "of made: where it comes from; default: 3. (type: ",
-                 "--noise.final FINAL of gnc: the value of radius/lr/relative at the end of the "
-                 "run, reached linearly; default: it stays the same; of sam and stale-sam and ",
+                 "--noise.final FINAL of gnc: the value of radius/lr/relative/share at the end of "
+                 "the run, reached linearly; default: it stays the same; of sam and stale-sam and ",
                  "of made: the value of height",
                  "of covariance: M, the batch whose noise"):
         assert text in said, text
@@ -146,8 +147,9 @@ def test_flat_settings_have_the_keys_that_checkpoints_have() -> None:
     def keys(config: NoiseConfig) -> set[str]:
         flat = flatten(dataclasses.replace(TrainConfig(), noise=config))
         return {key for key in flat if key.startswith("noise.")}
-    for config in (NoiseConfig(), NoiseConfig("gnc", radius=1.0)):
-        assert keys(config) == OLD_KEYS
+    assert keys(NoiseConfig()) == OLD_KEYS
+    assert keys(NoiseConfig("gnc", radius=1.0)) - OLD_KEYS == {
+        f"noise.{name}" for name in ("share", "scope", "per", "echo")}
     assert keys(NoiseConfig("covariance", emulated_batch=3)) >= OLD_KEYS
     assert keys(NoiseConfig("made", height=1.0)) - OLD_KEYS == {
         "noise.height", "noise.sharp", "noise.parts"}
@@ -187,6 +189,27 @@ def test_gnc_as_ever() -> None:
     assert isinstance(noise, GNC)
     assert (noise.scale, noise.size, noise.source, noise.lag, noise.seed) == (
         "lr", 2.0, "gathered", 2, 9)
+
+
+@pytest.mark.parametrize("flags, scale, size", [
+    ("--noise.kind gnc", "share", 0.02), ("--noise.kind gnc --noise.share 0.01", "share", 0.01),
+    ("--noise.kind sam --noise.share 0.03", "share", 0.03)])
+def test_a_share_is_a_setting(flags: str, scale: str, size: float) -> None:
+    noise: Any = settings(*flags.split()).build(seed=0, batch_size=4, total_steps=1)
+    assert (noise.scale, noise.size) == (scale, size)
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("gnc --noise.echo", "noise.echo=True is wrong: it acts in the second pass over a batch"),
+    ("sam --noise.share 0.01 --noise.echo", "set data.repeat=2"),
+    ("gnc --noise.final 0.03", "noise.final=0.03 is the end of what is not given"),
+    ("sam", "SAM got no scale: give exactly one of radius= and share="),
+    ("gnc --noise.echo --noise.lag 2", "lag=2: it takes own deviations")])
+def test_scales_and_echo_that_are_wrong(flags: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)) as caught:
+        validate(parse(TrainConfig, ["--virtual_workers", "2", "--noise.kind", *flags.split()],
+                       program="hvdnoise train"), 1)
+    assert "\n" not in str(caught.value)
 
 
 TWO = """

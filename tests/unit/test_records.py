@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hvdnoise.noise_state import Measured
+from hvdnoise.measured import Measured
 from hvdnoise.training import progress, records
 from hvdnoise.training.meter import Batches, Meter, noise_scale
 from hvdnoise.training.records import Records, weights_digest
@@ -147,7 +147,9 @@ def test_the_meter_averages_over_ranks_and_before_it_divides() -> None:
         for norms in ((4.0, 2.0), (2.0, 2.0)):
             sums = torch.tensor([1.0 + world.rank, 1.0, 2.0], dtype=torch.float64)
             meter.add(sums, learning_rate=0.1, seconds=0.5, waiting=0.25, bad=False,
-                      measured=Measured(norms[0], 99.0, norms[1], noise_rms=norms[0]))
+                      measured=Measured(norms[0], 99.0, norms[1], noise_rms=norms[0],
+                                        noise_radius=norms[0],
+                                        noise_share=None if norms[0] > 3 else 0.02))
         bad = torch.tensor([float(world.rank), 0, 2], dtype=torch.float64)
         meter.add(bad, learning_rate=0.1, seconds=0.5, waiting=0.25, bad=True,
                   measured=Measured(float("nan"), float("nan"), float("nan"), None))
@@ -161,7 +163,9 @@ def test_the_meter_averages_over_ranks_and_before_it_divides() -> None:
     assert first["examples_per_second"] == pytest.approx(12 / 1.5)
     # means 3 and 2: tr C = 1 / (1/2 - 1/4) = 4, |G|^2 = (4*2 - 2*3) / 2 = 1
     assert first["gradient_noise_scale"] == pytest.approx(4.0)
-    assert first["noise_rms"] == pytest.approx(((16 + 4) / 2) ** 0.5)
+    assert first["noise_rms"] == first["noise_radius"] == pytest.approx(((16 + 4) / 2) ** 0.5)
+    # a step in which nothing is known does not count
+    assert (first["noise_share"], first["noise_lr_multiple"]) == (pytest.approx(0.02), None)
 
 
 def test_plain_lines_say_how_far_and_how_long(caplog: Any) -> None:

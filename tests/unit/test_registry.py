@@ -61,7 +61,8 @@ class LowRank(EmulatedBatchNoise):
 
 def test_the_built_in_kinds_and_their_options() -> None:
     assert kinds() == BUILT_IN
-    assert list(noise_options("gnc")) == ["radius", "lr", "relative", "source", "lag"]
+    assert list(noise_options("gnc")) == ["radius", "lr", "relative", "share", "source",
+                                          "lag", "scope", "per", "echo"]
     assert list(noise_options("covariance")) == ["structure", "emulated_batch", "source", "decay",
                                                  "every", "trace", "labels", "damping",
                                                  "eigenvalues", "layers", "skip"]
@@ -95,7 +96,7 @@ def test_options_handed_on_are_those_of_the_class_above() -> None:
             super().__init__(**options)
     register_noise("wider", Wider)
     found = noise_options("wider")
-    assert list(found) == ["width", "radius", "lr", "relative", "source", "lag"]
+    assert list(found) == ["width", *noise_options("gnc")]
     assert found["radius"].text == "another text." and found["lag"] == noise_options("gnc")["lag"]
 
 
