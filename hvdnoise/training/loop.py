@@ -162,11 +162,10 @@ def take_step(job: Job, batches: Iterator[tuple[Tensor, Tensor]], meter: Meter) 
 def _announce(job: Job) -> bool:
     """Say to the optimizer what step begins; whether the spectrum is wanted of it."""
     config, optimizer, step = job.config, job.optimizer, job.counters.step
-    repeat = getattr(config.data, "repeat", 1)
     # by the place in the data, whatever became of the step before
-    optimizer.repeated = step % job.sampler.steps_per_epoch % repeat > 0
+    optimizer.repeated = job.sampler.repetition(step) > 0
     every = max(1, config.log_every // MEASURES_PER_LINE)
-    if repeat > 1:
+    if config.data.repeat > 1:
         every |= 1  # odd, so that it meets first passes and repetitions
     optimizer.measure = (step + 1) % every == 0 and (
         optimizer.noise is not None or job.batches.worker != job.batches.total)

@@ -116,7 +116,7 @@ def _check_noise(config: TrainConfig, size: int) -> None:
             "it does not go with precision=fp16 (a step of two passes cannot be scaled); use bf16 "
             "or lag 1")
     weights = part(noise, WeightNoise)
-    require(weights is None or not weights.echo or getattr(config.data, "repeat", 1) >= 2,
+    require(weights is None or not weights.echo or config.data.repeat >= 2,
             "noise.echo", True, "it acts in the second pass over a batch, and each batch is drawn "
             "once; set data.repeat=2")
     layered = part(noise, LayerNoise)

@@ -13,7 +13,6 @@ import torch
 from hvdnoise.training import checkpoint, loop
 from hvdnoise.training.checkpoint import CheckpointError
 from hvdnoise.training.config import ConfigError, TrainConfig
-from hvdnoise.training.dataspec import DataConfig
 from hvdnoise.training.options import parse
 from hvdnoise.world import handshake
 from tests.fake_world import ThreadWorld, run_threads
@@ -154,11 +153,10 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(
     assert line["bad_steps"] == 1 and line["loss"] is None
 
 
-ECHO = ["--noise.kind", "gnc", "--noise.echo", "--data.repeat", "2", "--log_every", "1"]
-needs_repeat = pytest.mark.skipif(not hasattr(DataConfig, "repeat"), reason="no data.repeat")
+ECHO = ["--noise.kind", "gnc", "--noise.echo", "--data.repeat", "2", "--epochs", "1",
+        "--log_every", "1"]  # 12 steps
 
 
-@needs_repeat
 @pytest.mark.parametrize("bad", [set(), {2}, {3}, {2, 3}, {4, 7}])
 def test_echo_goes_by_the_data_and_not_by_the_steps_taken(
         tmp_path: Path, monkeypatch: Any, bad: set[int]) -> None:
@@ -172,7 +170,6 @@ def test_echo_goes_by_the_data_and_not_by_the_steps_taken(
     assert all(lines[step]["noise_share"] == pytest.approx(0.02, rel=1e-4) for step in due)
 
 
-@needs_repeat
 def test_an_interrupted_run_with_echo_ends_in_the_same_bits(tmp_path: Path) -> None:
     whole, again = train(tmp_path / "whole", *ECHO), tmp_path / "again"
     for stop in (1, 4):  # between the passes of a batch, and between batches
