@@ -268,9 +268,12 @@ class NoiseState:
         if self._weights is None:
             return {}
         due = self._due
+        formed = self._weights.are_of(due, v)
+        if formed and not self.measure:
+            return self._weights.terms
         state = self._kept.of_displacement(self._weights.noise)
         context = replace(self.context(), state=state)
-        if not self._weights.are_of(due, v):
+        if not formed:
             with torch.no_grad():
                 self._weights.form(due, v, context, learning_rates)
             self._note_memory(self._weights.memory)
