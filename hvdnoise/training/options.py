@@ -16,7 +16,7 @@ import re
 import typing
 from argparse import ArgumentError
 from pathlib import Path
-from typing import Any, Iterator, Sequence, TypeVar
+from typing import Any, Callable, Iterator, Sequence, TypeVar
 
 import jsonargparse
 import yaml
@@ -65,9 +65,30 @@ def from_file(kind: type[T], path: Path, *, program: str, without: Sequence[str]
             raise ValueError(f"{path} cannot be read: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} holds no settings")
-        values = _several_noises(values)
-        kept = {key: value for key, value in values.items() if key not in without}
-        return _build(kind, _parser(kind, _schema(kind), program).parse_object(kept))
+    values = several_noises(values)
+    return reader(kind, program=program)(
+        {key: value for key, value in values.items() if key not in without})
+
+
+def reader(kind: type[T], *, program: str) -> Callable[[dict[str, Any]], T]:
+    """A function from nested settings to ``kind``; quick where there are many to read.
+
+    No plugin is imported. The function raises a ConfigError for what are no such settings.
+    """
+    parsers: dict[Any, jsonargparse.ArgumentParser] = {}  # by the kinds of noise, as in `parse`
+
+    def parser(key: Any, found: Any = None) -> jsonargparse.ArgumentParser:
+        if key not in parsers:
+            parsers[key] = _parser(kind, _schema(kind, found), program)
+        return parsers[key]
+
+    def read(values: dict[str, Any]) -> T:
+        with _one_line_errors(kind):
+            found = parser(None).parse_object(values)
+            kinds = tuple(found[name].kind for name, hint in typing.get_type_hints(kind).items()
+                          if hasattr(hint, "schema"))
+            return _build(kind, parser(kinds, found).parse_object(values) if kinds else found)
+    return read
 
 
 def _parser(kind: type, schema: type, program: str, positional: str = ""
@@ -145,13 +166,13 @@ def _with_several_noises(arguments: Sequence[str]) -> list[str]:
             with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
                 values = yaml.safe_load(Path(value if given else argument).read_text())
             if isinstance(values, dict) and isinstance(values.get("noise"), list):
-                text = yaml.safe_dump(_several_noises(values))
+                text = yaml.safe_dump(several_noises(values))
                 argument = f"{flag}={text}" if given else text
         full.append(argument)
     return full
 
 
-def _several_noises(values: dict[str, Any]) -> dict[str, Any]:
+def several_noises(values: dict[str, Any]) -> dict[str, Any]:
     """``noise: [a, b]`` means ``noise: {..a, also: [b]}``."""
     noises = values.get("noise")
     if not isinstance(noises, list):
