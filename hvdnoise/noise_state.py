@@ -191,8 +191,8 @@ class NoiseState:
 
     def observe_examples(self, layout: Layout, names: dict[Tensor, str],
                          of: tuple[nn.Module, LossesOf, Tensor, Tensor], where: tuple[int, int]
-                         ) -> None:
-        """Show a noise that `sees_examples` the gradients of a pass's, if they are due.
+                         ) -> bool:
+        """Show a noise that `sees_examples` the gradients of a pass's, if they are due; whether.
 
         Args:
             names: of the parameters.
@@ -202,7 +202,7 @@ class NoiseState:
         noise = self._mean
         if noise is None or not noise.sees_examples or (
                 self._kept.has(noise, layout) and not self._is_due(noise)):
-            return
+            return False
         (model, _, inputs, _), (v, number), context = of, where, self.context(of=noise)
         found = check_model(model, [p for bucket in layout.buckets for p in bucket.parameters],
                             names)
@@ -211,6 +211,7 @@ class NoiseState:
             sampling = generator(noise.seed, "labels", self.steps, context.workers[v], number)
         self._from_examples.add(noise, layout, context, len(inputs),
                                 example_gradients(found, *of, sampling))
+        return True
 
     def check_observed(self) -> None:
         """Raise where the examples of the pass that begins were not shown but had to be."""

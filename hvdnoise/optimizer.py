@@ -188,7 +188,7 @@ class _DistributedOptimizer(Wrapper):
 
     def observe_examples(self, model: torch.nn.Module,
                          losses_of: Callable[[Tensor, Tensor], Tensor], inputs: Tensor,
-                         targets: Tensor) -> None:
+                         targets: Tensor) -> bool:
         """Show the noise the gradients of the single examples of the next backward pass.
 
         Before that pass, for each worker and each of its passes. It costs about a forward and a
@@ -199,12 +199,15 @@ class _DistributedOptimizer(Wrapper):
             losses_of: (outputs, targets) -> (examples,): the losses whose mean is trained on.
             inputs, targets: of all examples of the pass; the leading dimension counts them.
 
+        Returns:
+            Whether the noise asked for them.
+
         Raises:
             ValueError: for parameters that are not the model's, or BatchNorm in training mode.
             RuntimeError: after the step's last backward pass.
         """
-        if self._runner is not None:
-            self._runner.observe_examples(model, losses_of, inputs, targets)
+        return self._runner is not None and self._runner.observe_examples(
+            model, losses_of, inputs, targets)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -82,15 +82,17 @@ class StepRunner:
         v, part = divmod(self.done % self.total, self.per_worker)
         return self.noise.weigh(losses, v, part, self.per_worker)
 
-    def observe_examples(self, *arguments: Any) -> None:
-        """Show the noise the gradients of the next pass's examples, if it asks for them."""
+    def observe_examples(self, *arguments: Any) -> bool:
+        """Show the noise the gradients of the next pass's examples, if it asks for them; whether
+        it did."""
         if self._under_way or self.reduced:
             raise RuntimeError("observe_examples() after the step's backward passes: call it "
                                "before the backward pass of its examples, and after zero_grad()")
-        if self.noise.sees_examples:
-            self.prepare()
-            self.noise.observe_examples(self.parameters.layout, self.parameters.names, arguments,
-                                        divmod(self.done, self.per_worker))
+        if not self.noise.sees_examples:
+            return False
+        self.prepare()
+        return self.noise.observe_examples(self.parameters.layout, self.parameters.names,
+                                           arguments, divmod(self.done, self.per_worker))
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -26,14 +26,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from hvdnoise.exchange_plan import PRECISIONS, Shape
 from hvdnoise.noise import COVARIANCES, Noise, kinds, noise_options
 from hvdnoise.noise.covariance import own_options
 from hvdnoise.noise.gnc import SOURCES
-from hvdnoise.plans import MIXING_PLANS, PLAIN, PLANS, with_group_size
+from hvdnoise.planning.predict import received_in_a_step
+from hvdnoise.plans import MIXING_PLANS, PLANS, with_group_size
 from hvdnoise.training.config import NoiseConfig, TrainConfig
 from hvdnoise.training.options import parse as parse_settings
 
@@ -118,11 +119,9 @@ class Variant:
         The first pass of lag 0 costs an exchange of its own, unless it stays on the rank.
         """
         noise = self.noise(radius=0.0, emulated_batch=1, batch_size=1, seed=0)
-        twice = noise is not None and noise.lag == 0 and not noise.needs_no_mean
-        shape = Shape(numbers, ranks, precision=self.precision, group_size=group_size)
-        again = PLAIN.bytes_received(shape) if twice else 0.0
-        once = replace(shape, statistics_bytes=statistics_bytes)
-        return PLANS[plan].bytes_received(once) + again
+        shape = Shape(numbers, ranks, precision=self.precision, group_size=group_size,
+                      statistics_bytes=statistics_bytes)
+        return received_in_a_step(PLANS[plan], shape, noise)
 
 
 def parse(name: str) -> Variant:

@@ -73,10 +73,10 @@ def _outline(config: PlanConfig) -> Outline:
     ranks, batch = config.ranks, config.worker_batch(config.ranks)
     workers = config.workers(ranks)
     examples, classes, image_shape = facts(config)
-    per_epoch = steps_per_epoch(examples, workers, batch)
+    per_epoch = steps_per_epoch(examples, workers, batch, repeat=config.data.repeat)
     total = max(1, round(config.epochs * per_epoch))
     peak = peak_rate(config.optim.lr, config.lr, workers * batch)
-    layout = model_layout(config.model, classes, image_shape)
+    layout = model_layout(config.model, classes, image_shape, norm=config.norm)
     noise = config.noise.build(seed=config.seed, batch_size=batch, total_steps=total)
     mixes = noise is not None and noise.mixes
     plan = choose(config.exchange, shape(config, layout.numbers), mixes=mixes,
@@ -127,7 +127,7 @@ def facts(config: PlanConfig) -> tuple[int, int, tuple[int, int, int]]:
     """
     data = config.data
     examples, classes = _counted(config) if data.record.counted else data.record.count(data)
-    return min(examples, data.limit or examples), classes, data.record.shape(data)
+    return data.in_use(examples), classes, data.record.shape(data)
 
 
 def _counted(config: PlanConfig) -> tuple[int, int]:
@@ -142,10 +142,12 @@ def _counted(config: PlanConfig) -> tuple[int, int]:
     return config.examples or examples, config.classes or classes
 
 
-def model_layout(model: str, classes: int, image_shape: tuple[int, int, int]) -> Layout:
+def model_layout(model: str, classes: int, image_shape: tuple[int, int, int], *,
+                 norm: str = "auto") -> Layout:
     """The buckets of a model's parameters.
 
     Raises:
         ValueError: when there is no such model, or it cannot take such images.
     """
-    return default_layout(list(models.outline(model, classes, image_shape).named_parameters()))
+    built = models.outline(model, classes, image_shape, norm=norm)
+    return default_layout(list(built.named_parameters()))

@@ -27,6 +27,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hvdnoise.exchange_plan import ExchangePlan, Shape
+from hvdnoise.noise.base import Noise
 from hvdnoise.plans import PLAIN, PLANS, choose, with_group_size
 
 BACKWARD = 2 / 3  # share of the compute time
@@ -91,6 +92,14 @@ def predict(plan: ExchangePlan, shape: Shape, cluster: Cluster, lags: tuple[int,
         received / plain if plain else None, into_host(plan, shape, cluster),
         {lag: plan.memory_bytes(shape, lag=lag) for lag in lags}, seconds,
         {lag: time / plain_step for lag, time in seconds.items()} if plain_step else {})
+
+
+def received_in_a_step(plan: ExchangePlan, shape: Shape, noise: Noise | None) -> float:
+    """Bytes that one rank receives in a step; with lag 0 those of the first pass too, unless what
+    the noise needs of it stays on the rank."""
+    twice = noise is not None and noise.lag == 0 and not noise.needs_no_mean
+    again = PLAIN.bytes_received(_without_noise(shape)) if twice else 0.0
+    return plan.bytes_received(shape) + again
 
 
 def _without_noise(shape: Shape) -> Shape:

@@ -41,7 +41,10 @@ class TrainConfig:
 
     Args:
         data: the data set.
-        model: small-cnn, resnet20/32/44/56/110, vgg16-bn, or a classifier of torchvision by name.
+        model: mlp, small-cnn, resnet20/32/44/56/110, vgg16-bn, or a classifier of torchvision by
+            name.
+        norm: normalisation of small-cnn, resnet20 .. 110 and vgg16-bn; auto: each one's own.
+            Under batch norm each worker's batch has its own statistics.
         optim: the optimizer.
         lr: the learning rate over the run.
         noise: the structured noise.
@@ -51,7 +54,7 @@ class TrainConfig:
             allgather, gather-only, transpose, group (ranks of a host) or group:K (K consecutive).
         noise_precision: of that noise on the wire; the gradients always travel in full.
         checkpoint: when to save.
-        epochs: length of the run; may be a fraction.
+        epochs: length of the run, in passes over the training images; may be a fraction.
         virtual_workers: V, workers that each rank stands for; W = ranks * V.
         global_batch: examples of all W workers per step; overrides data.batch_size (one worker's).
         accumulate: split each worker's batch into so many passes, to save memory.
@@ -60,7 +63,9 @@ class TrainConfig:
         precision: of forward and backward; weights stay in 32 bits.
         ema: decay of a moving average of the weights, which is evaluated too.
         max_bad_steps: give up after so many steps in a row whose gradient is not finite.
-        eval_every: evaluate after each so many epochs; 0: at the end only.
+        eval_every: evaluate after each so many epochs, on the validation images where there are
+            any, else on the test images; 0: at the end only.
+        score_train: at the end, also score the images trained on, without augmentation.
         seed: of initial weights, data order, augmentation and noise.
         device: auto takes the GPU of the local rank where there is one.
         threads: of each rank; default: OMP_NUM_THREADS, else the cores shared out.
@@ -79,6 +84,7 @@ class TrainConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     model: str = "small-cnn"
+    norm: Literal["auto", "batch", "group"] = "auto"
     optim: OptimConfig = field(default_factory=OptimConfig)
     lr: LrConfig = field(default_factory=LrConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
@@ -96,6 +102,7 @@ class TrainConfig:
     ema: float | None = None
     max_bad_steps: int = 10
     eval_every: int = 1
+    score_train: bool = False
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
@@ -125,8 +132,8 @@ class TrainConfig:
 
 
 # What a resumed run may change without being another run.
-_FREE = {"epochs", "max_bad_steps", "eval_every", "device", "threads", "name", "run_dir",
-         "overwrite", "resume", "resume_resize", "log_every", "spectrum_every",
+_FREE = {"epochs", "max_bad_steps", "eval_every", "score_train", "device", "threads", "name",
+         "run_dir", "overwrite", "resume", "resume_resize", "log_every", "spectrum_every",
          "tensorboard", "progress",
          "checkpoint.every_steps", "checkpoint.every_epochs", "checkpoint.keep", "data.root",
          "data.download", "data.loader_workers"}

@@ -17,28 +17,36 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from hvdnoise import streams
 from hvdnoise.training.dataspec import DataConfig, DataError, DataSpec
 from hvdnoise.training.fetch import prepare
-from hvdnoise.training.images import Images
+from hvdnoise.training.images import Images, Subset, noisy_labels
 from hvdnoise.training.sampler import WorkerSampler, steps_per_epoch, test_shards
 
 __all__ = ["DataConfig", "DataError", "DataSpec", "Datasets", "Loader", "WorkerSampler", "build",
-           "prepare", "steps_per_epoch", "test_loader", "test_shards", "train_loader"]
+           "prepare", "steps_per_epoch", "eval_loader", "test_shards", "train_loader"]
 
 Loader = DataLoader[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Datasets:
-    """The training and test images and their facts."""
+    """The training and test images and their facts.
+
+    Args:
+        train: those that are trained on, with the labels trained on.
+        validation: those held out, if any; their batches without an epoch are not augmented.
+    """
 
     train: Images
     test: Images
     spec: DataSpec
+    validation: Images | None = None
 
 
 def build(config: DataConfig, *, seed: int) -> Datasets:
@@ -46,21 +54,46 @@ def build(config: DataConfig, *, seed: int) -> Datasets:
 
     Args:
         config: the settings.
-        seed: of the augmentation and of the synthetic images; equal on all ranks.
+        seed: of the augmentation, the images held out and left out, the noise in labels and the
+            synthetic images; equal on all ranks.
 
     Raises:
-        DataError: when the files are not there or damaged.
+        DataError: when the files are not there or damaged, or hold too few images.
     """
     record = config.record
     try:
-        train, num_classes = record.load(config, seed, "train")
+        whole, num_classes = record.load(config, seed, "train")
         test, _ = record.load(config, seed, "test")
     except (RuntimeError, OSError) as error:
         text = " ".join(str(error).split())
         raise DataError(f"cannot read {config.dataset} in {config.path} ({text}): call "
                         "hvdnoise.training.data.prepare first") from error
+    train, validation = _split(whole, config, num_classes, seed)
+    held_out = 0 if validation is None else len(validation)
     return Datasets(train, test, DataSpec(config.dataset, num_classes, record.shape(config),
-                                          len(train), len(test)))
+                                          len(train), len(test), held_out), validation)
+
+
+def _split(whole: Images, config: DataConfig, num_classes: int, seed: int
+           ) -> tuple[Images, Images | None]:
+    """The images trained on and those held out, each in the order of the whole set.
+
+    One permutation for the seed: what is held out comes first, and a smaller ``limit`` takes a
+    part of what a larger one takes.
+    """
+    held_out, used = config.validation, config.in_use(len(whole))
+    if used == len(whole) and config.label_noise == 0:
+        return whole, None
+    order = torch.randperm(len(whole), generator=streams.generator(seed, "data.split")).numpy()
+    chosen = np.sort(order[held_out:held_out + used])
+    labels = whole.labels[chosen]
+    if config.label_noise > 0:
+        if num_classes < 2:
+            raise DataError(f"data.label_noise={config.label_noise} needs another class, and the "
+                            "data set has one: leave it out")
+        labels = noisy_labels(labels, config.label_noise, num_classes, seed)
+    validation = Subset(whole, np.sort(order[:held_out])) if held_out else None
+    return Subset(whole, chosen, labels), validation
 
 
 def train_loader(datasets: Datasets, sampler: WorkerSampler, *, loader_workers: int = 0,
@@ -74,11 +107,11 @@ def train_loader(datasets: Datasets, sampler: WorkerSampler, *, loader_workers: 
     return _loader(datasets.train, _WithEpoch(sampler), loader_workers, pin_memory)
 
 
-def test_loader(datasets: Datasets, *, size: int, rank: int, batch_size: int,
+def eval_loader(images: Images, *, size: int, rank: int, batch_size: int,
                 loader_workers: int = 0, pin_memory: bool = False) -> Loader:
-    """Yields this rank's share of the test set, each example once; see `test_shards`."""
-    shards = test_shards(len(datasets.test), size, rank, batch_size)
-    return _loader(datasets.test, [(None, shard) for shard in shards], loader_workers, pin_memory)
+    """Yields this rank's share of images to score, each once, not augmented; see `test_shards`."""
+    shards = test_shards(len(images), size, rank, batch_size)
+    return _loader(images, [(None, shard) for shard in shards], loader_workers, pin_memory)
 
 
 class _WithEpoch(Sampler[tuple[int, list[int]]]):

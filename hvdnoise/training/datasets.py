@@ -58,7 +58,8 @@ class DataRecord(ABC):
         return len(self.mean), side, side
 
     def count(self, config: DataConfig) -> tuple[int, int]:
-        """Training images before `DataConfig.limit`, and classes.
+        """Images of the training set, of which `DataConfig.in_use` says how many are trained on;
+        and classes.
 
         Raises:
             DataError: when they are counted and the files are not there.
@@ -78,7 +79,7 @@ class DataRecord(ABC):
 
     @abstractmethod
     def load(self, config: DataConfig, seed: int, part: str) -> tuple[Images, int]:
-        """The images of a part, "train" or "test", and the number of classes."""
+        """All images of a part, "train" or "test", and the number of classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +90,9 @@ class ArrayRecord(DataRecord):
         from hvdnoise.training.images import ArrayImages
         images, labels = self.arrays(config, seed, part)
         assert images.shape[1:] == self.shape(config), f"{self.name}: {images.shape}"
-        limit = config.limit if part == "train" else None
         padding = self.padding if part == "train" and config.augment else None
-        found = ArrayImages(images[:limit], labels[:limit], mean=self.mean, std=self.std,
-                            padding=padding, seed=seed)
+        found = ArrayImages(images, labels, mean=self.mean, std=self.std, padding=padding,
+                            seed=seed)
         return found, self.count(config)[1]
 
     @abstractmethod
@@ -178,7 +178,7 @@ class _Folders(DataRecord):
         train = part == "train"
         found = FolderImages(config.path / ("train" if train else "val"), side=config.side,
                              augment=train and config.augment, mean=self.mean, std=self.std,
-                             limit=config.limit if train else None, seed=seed)
+                             seed=seed)
         return found, len(found.classes)
 
 

@@ -23,8 +23,9 @@ class DataSpec:
         name: the data set's name in `DataConfig`.
         num_classes: labels are 0 .. num_classes - 1.
         image_shape: (channels, height, width) of the images that the loaders yield.
-        num_train: training examples in use (after `DataConfig.limit`).
+        num_train: training examples in use (`DataConfig.in_use`).
         num_test: test examples.
+        num_validation: examples of the training set that are held out.
     """
 
     name: str
@@ -32,6 +33,7 @@ class DataSpec:
     image_shape: tuple[int, int, int]
     num_train: int
     num_test: int
+    num_validation: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,14 @@ class DataConfig:
         download: fetch a missing data set from its home page.
         num_examples: training examples of the synthetic set.
         num_classes: classes of the synthetic set.
-        limit: use the first so many training examples only (for trials and tests).
+        validation: hold out so many images of the training set, chosen by the seed: the best
+            weights are chosen on them, and the test set is read once only, at the end.
+        limit: train on so many of the other training images only, chosen by the seed.
+        label_noise: share of the training images in use, exactly round(share * n) of them, that get
+            the label of another class, drawn by the seed with equal odds for each other class. The
+            labels of validation and test images stay as they are.
+        repeat: draw each batch so many times in a row, with the same augmentation. An epoch is a
+            pass over the images and has so many times the steps.
 
     Raises:
         DataError: at construction, when a value is out of range or does not fit the data set.
@@ -64,18 +73,23 @@ class DataConfig:
     download: bool = True
     num_examples: int = 2048
     num_classes: int = 10
+    validation: int = 0
     limit: int | None = None
+    label_noise: float = 0.0
+    repeat: int = 1
 
     def __post_init__(self) -> None:
         if self.dataset not in DATASETS:
             raise DataError(f"data.dataset={self.dataset!r} is unknown: choose one of "
                             f"{', '.join(DATASETS)}")
         smallest = {"batch_size": 1, "loader_workers": 0, "image_size": 8, "num_examples": 1,
-                    "num_classes": 2, "limit": 1}
+                    "num_classes": 2, "validation": 0, "limit": 1, "repeat": 1}
         for name, least in smallest.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise DataError(f"data.{name}={value} is too small: give {least} or more")
+        if not 0 <= self.label_noise < 1:
+            raise DataError(f"data.label_noise={self.label_noise} is wrong: give 0 <= share < 1")
         if self.image_size is not None and not self.record.sizable:
             raise DataError(f"data.image_size={self.image_size} does not go with {self.dataset}, "
                             "whose images have their own size: leave it out")
@@ -84,6 +98,18 @@ class DataConfig:
     def record(self) -> DataRecord:
         """What there is to know of the data set."""
         return DATASETS[self.dataset]
+
+    def in_use(self, images: int) -> int:
+        """The examples that are trained on, of so many ``images`` of the training set.
+
+        Raises:
+            DataError: when none is left.
+        """
+        left = images - self.validation
+        if left < 1:
+            raise DataError(f"data.validation={self.validation} leaves none of the {images} "
+                            "training images to train on: hold out fewer")
+        return min(left, self.limit or left)
 
     @property
     def side(self) -> int:

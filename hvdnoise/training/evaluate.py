@@ -8,7 +8,7 @@ afterwards, so that evaluating does not change training by a bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,7 +28,6 @@ class Score:
     count: int
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], world: World,
              device: torch.device) -> Score:
     """Score this rank's ``batches``, and add up over the ranks. Collective.
@@ -37,21 +36,33 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], world: 
         model: put into evaluation mode for the time, in full precision.
         batches: (images, labels) of this rank; ranks may have unequal numbers of them.
     """
-    was_training = model.training
-    model.eval()
-    loss = torch.zeros(1, dtype=torch.float64, device=device)
-    counts = torch.zeros(2, dtype=torch.int64, device=device)  # correct, all
+    (score,) = evaluate_all([model], batches, world, device)
+    return score
+
+
+@torch.no_grad()
+def evaluate_all(models: Sequence[nn.Module], batches: Iterable[tuple[Tensor, Tensor]],
+                 world: World, device: torch.device) -> list[Score]:
+    """As `evaluate`, of several models that share no module, reading each batch once."""
+    were_training = [model.training for model in models]
+    for model in models:
+        model.eval()
+    losses = torch.zeros(len(models), dtype=torch.float64, device=device)
+    counts = torch.zeros(len(models) + 1, dtype=torch.int64, device=device)  # correct; examples
     for images, labels in batches:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        logits = model(images).float()
-        loss += F.cross_entropy(logits, labels, reduction="none").double().sum()
-        counts[0] += (logits.argmax(1) == labels).sum()
-        counts[1] += len(labels)
-    model.train(was_training)
-    total = world.allreduce_(loss.cpu(), name="evaluate.loss", op="sum").wait().item()
-    correct, count = world.allreduce_(counts.cpu(), name="evaluate.counts", op="sum"
-                                      ).wait().tolist()
-    return Score(total / max(count, 1), correct / max(count, 1), count)
+        for place, model in enumerate(models):
+            logits = model(images).float()
+            losses[place] += F.cross_entropy(logits, labels, reduction="none").double().sum()
+            counts[place] += (logits.argmax(1) == labels).sum()
+        counts[-1] += len(labels)
+    for model, was_training in zip(models, were_training):
+        model.train(was_training)
+    totals = world.allreduce_(losses.cpu(), name="evaluate.loss", op="sum").wait().tolist()
+    *correct, count = world.allreduce_(counts.cpu(), name="evaluate.counts", op="sum"
+                                       ).wait().tolist()
+    return [Score(total / max(count, 1), right / max(count, 1), count)
+            for total, right in zip(totals, correct)]
 
 
 def own_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision import datasets
@@ -29,15 +30,14 @@ class FolderImages(Images):
         folder: holds one folder per class; labels number the sorted names.
         side: height and width of the batches' images in pixels.
         augment: whether batches of an epoch are augmented.
-        limit: use so many images, evenly spread over the sorted files (and so over the classes).
     """
 
-    def __init__(self, folder: Path, *, side: int, augment: bool, limit: int | None,
-                 mean: Sequence[float], std: Sequence[float], seed: int) -> None:
+    def __init__(self, folder: Path, *, side: int, augment: bool, mean: Sequence[float],
+                 std: Sequence[float], seed: int) -> None:
         super().__init__(mean, std, seed)
         found = datasets.ImageFolder(folder)
-        step = max(1, len(found.samples) // (limit or len(found.samples)))
-        self.samples: list[tuple[str, int]] = found.samples[::step][:limit]
+        self.samples: list[tuple[str, int]] = found.samples
+        self.labels = np.array(found.targets, dtype=np.int64)
         self.classes: list[str] = found.classes
         self._augment = augment
         self._training = transforms.Compose([

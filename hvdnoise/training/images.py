@@ -27,7 +27,12 @@ class Images(Dataset[tuple[Any, int]]):
     Args:
         mean, std: of each channel, of pixel values in 0 .. 1.
         seed: of the augmentation; equal on all ranks.
+
+    Attributes:
+        labels: (N,) int64.
     """
+
+    labels: NDArray[np.int64]
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], seed: int) -> None:
         self.seed = seed
@@ -77,6 +82,48 @@ class ArrayImages(Images):
         if epoch is not None and self.padding is not None:
             images = crop_and_flip(images, example_bits(self.seed, epoch, chosen), self.padding)
         return self.normalise(torch.from_numpy(images)), torch.from_numpy(self.labels[chosen])
+
+
+class Subset(Images):
+    """Some images of a data set, with labels of their own.
+
+    An image is augmented by the draws of its place in the whole set: they do not depend on which
+    others are in the subset.
+
+    Args:
+        whole: the data set.
+        indices: (n,) int64, which of its images.
+        labels: (n,) int64; default: those that they have.
+    """
+
+    def __init__(self, whole: Images, indices: NDArray[np.int64],
+                 labels: NDArray[np.int64] | None = None) -> None:
+        self.whole, self.indices, self.seed = whole, indices, whole.seed
+        self.labels = whole.labels[indices] if labels is None else labels
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, _ = self.whole[int(self.indices[index])]
+        return image, int(self.labels[index])
+
+    def batch(self, indices: Sequence[int], epoch: int | None) -> tuple[Tensor, Tensor]:
+        chosen = np.asarray(indices, dtype=np.int64)
+        images, _ = self.whole.batch(self.indices[chosen].tolist(), epoch)
+        return images, torch.from_numpy(self.labels[chosen])
+
+
+def noisy_labels(labels: NDArray[np.int64], share: float, num_classes: int, seed: int
+                 ) -> NDArray[np.int64]:
+    """Labels (n,) with symmetric noise: round(share * n) of them, drawn by the seed, are another
+    class, each other class being equally likely."""
+    draws = streams.generator(seed, "data.label_noise")
+    wrong = torch.randperm(len(labels), generator=draws)[:round(share * len(labels))].numpy()
+    shifts = torch.randint(1, num_classes, (len(wrong),), generator=draws).numpy()
+    noisy = labels.copy()
+    noisy[wrong] = (labels[wrong] + shifts) % num_classes
+    return noisy
 
 
 def synthetic(num_examples: int, num_classes: int, side: int, seed: int,

@@ -7,6 +7,7 @@ each rank. The learning rate follows from the position, and so do the data and t
 
 from __future__ import annotations
 
+import functools
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,10 +18,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
+from hvdnoise.buckets import default_layout
 from hvdnoise.comm import World
+from hvdnoise.exchange_plan import Shape
 from hvdnoise.noise.base import ExampleNoise, part
 from hvdnoise.noise.emulated import WeightedSample
 from hvdnoise.optimizer import DistributedOptimizer
+from hvdnoise.planning.predict import received_in_a_step
+from hvdnoise.plans import PLANS
 from hvdnoise.training import data, models
 from hvdnoise.training.config import TrainConfig, flatten
 from hvdnoise.training.ema import make_ema
@@ -43,6 +48,8 @@ class Counters:
     bad_in_a_row: int = 0
     best_accuracy: float = -1.0
     best_step: int = 0
+    gradient_evaluations: int = 0
+    exchange_bytes: float = 0.0
 
 
 @dataclass
@@ -61,6 +68,12 @@ class Job:
     ema: AveragedModel | None
     total_steps: int
     counters: Counters = field(default_factory=Counters)
+    best: State | None = None  # with validation: the best weights, on the CPU, equal on all ranks
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training images so far."""
+        return self.counters.step / self.sampler.steps_per_epoch
 
     @property
     def batches(self) -> Batches:
@@ -70,6 +83,18 @@ class Job:
         emulated = weighted.emulated_batch if weighted is not None else None
         return Batches(worker, worker * self.sampler.num_workers, emulated,
                        part(noise, ExampleNoise) is not None)
+
+    @functools.cached_property
+    def received_in_a_step(self) -> float:
+        """Bytes of gradients and noise that this rank receives in a step, as the plan counts them:
+        without the few bytes of measured norms, and the spectrum's."""
+        noise, local_size = self.optimizer.noise, self.world.local_size
+        layout = default_layout(list(self.model.named_parameters()))
+        shape = Shape(layout.numbers, self.world.size, self.config.virtual_workers,
+                      precision=self.config.noise_precision,
+                      group_size=self.config.group_size(local_size) or local_size,
+                      statistics_bytes=noise.statistics_bytes(layout) if noise is not None else 0)
+        return received_in_a_step(PLANS[self.optimizer.exchange_plan], shape, noise)
 
     # ------------------------------------------------------------------ state
 
@@ -81,7 +106,8 @@ class Job:
                 "ema": None if self.ema is None else
                 {**self.ema.state_dict(), **mean_buffers(self.ema, self.world)},
                 "optimizer": optimizer, "scaler": self.scaler.state_dict(),
-                "counters": vars(self.counters).copy(), "config": flatten(self.config),
+                "best": self.best, "counters": vars(self.counters).copy(),
+                "config": flatten(self.config),
                 "steps_per_epoch": self.sampler.steps_per_epoch,
                 "examples_per_step": self.batches.total, "versions": versions()}
 
@@ -108,6 +134,7 @@ class Job:
         self.optimizer.load_state_dict(state)
         self.scaler.load_state_dict(shared["scaler"])
         self.counters = Counters(**shared["counters"])
+        self.best = shared.get("best")
         if own is None:
             self.counters.step = self._step_of_examples(shared)
         else:
@@ -118,8 +145,9 @@ class Job:
 
     def _step_of_examples(self, shared: State) -> int:
         epoch, step = divmod(shared["counters"]["step"], shared["steps_per_epoch"])
-        seen, batch = step * shared["examples_per_step"], self.batches.total
-        return epoch * self.sampler.steps_per_epoch + min(-(-seen // batch),
+        repeat, batch = self.sampler.repeat, self.batches.total
+        seen = -(-step // repeat) * shared["examples_per_step"]
+        return epoch * self.sampler.steps_per_epoch + min(-(-seen // batch) * repeat,
                                                           self.sampler.steps_per_epoch)
 
     def set_learning_rate(self) -> float:
@@ -141,10 +169,12 @@ def build(config: TrainConfig, world: World, device: torch.device) -> Job:
     workers, virtual = config.workers(world.size), config.virtual_workers
     sampler = WorkerSampler(
         len(datasets.train), num_workers=workers, batch_size=config.worker_batch(world.size),
-        worker_ids=range(world.rank * virtual, (world.rank + 1) * virtual), seed=config.seed)
+        worker_ids=range(world.rank * virtual, (world.rank + 1) * virtual), seed=config.seed,
+        repeat=config.data.repeat)
     total_steps = max(1, round(config.epochs * sampler.steps_per_epoch))
     torch.manual_seed(config.seed)
-    model = models.build(config.model, datasets.spec.num_classes, datasets.spec.image_shape)
+    model = models.build(config.model, datasets.spec.num_classes, datasets.spec.image_shape,
+                         norm=config.norm)
     model.to(device)
     ema = make_ema(model, config.ema)
     noise = config.noise.build(seed=config.seed, batch_size=sampler.batch_size,

@@ -24,7 +24,7 @@ from hvdnoise.training import data
 from hvdnoise.training.config import TrainConfig
 from hvdnoise.training.job import Job, align, build
 from hvdnoise.training.meter import Meter
-from hvdnoise.training.milestones import finish, preempted, save, score
+from hvdnoise.training.milestones import diverged, finish, preempted, save, score
 from hvdnoise.training.preemption import EXIT_PREEMPTED, Preemption
 from hvdnoise.training.progress import Progress, log
 from hvdnoise.training.records import Records
@@ -55,16 +55,27 @@ def run(config: TrainConfig, world: World, device: torch.device, preemption: Pre
         log.info("resumed at step %d", job.counters.step)
     at = job.counters
     records = Records(folder, rank=world.rank, tensorboard=config.tensorboard,
-                      resumed_at=None if config.resume == "never" else at.step)
+                      resumed_at=None if config.resume == "never" else at.step,
+                      again=_scored_again(job))
     progress = Progress(config.progress, rank=world.rank, total=job.total_steps, done=at.step)
     log.info("%d ranks x %d workers x %d examples, %d steps, in %s", world.size,
              config.virtual_workers, job.batches.worker, job.total_steps, folder)
     log.info("exchange %s: %s", job.optimizer.exchange_plan, job.optimizer.exchange_reason)
     try:
         return train(job, folder, records, progress, preemption)
+    except Diverged as error:
+        diverged(job, folder, str(error))
+        raise
     finally:
         progress.close()
         records.close()
+
+
+def _scored_again(job: Job) -> set[str]:
+    """The kinds of scores that a run resumed at this step writes (again) for this step."""
+    if job.counters.step >= job.total_steps:
+        return {"test", "validation"}
+    return {"test"} if job.datasets.validation is not None else set()  # of an end that is none now
 
 
 def train(job: Job, folder: Path, records: Records, progress: Progress, preemption: Preemption
@@ -99,7 +110,7 @@ def train(job: Job, folder: Path, records: Records, progress: Progress, preempti
         scores = score(job, folder, records)
     if saved_at != at.step:
         save(job, folder)
-    finish(job, folder, scores)
+    finish(job, folder, records, scores)
     return 0
 
 
@@ -139,6 +150,7 @@ def take_step(job: Job, batches: Iterator[tuple[Tensor, Tensor]], meter: Meter) 
     if job.ema is not None and not result["bad"]:
         job.ema.update_parameters(job.model)
     at.step += 1
+    at.exchange_bytes += job.received_in_a_step
     if shows and not result["bad"] and optimizer.spectrum is not None:
         meter.spectrum = at.step, optimizer.spectrum
     _count_bad(job, result["bad"])
@@ -156,11 +168,12 @@ def _forward_and_backward(job: Job, parts: list[tuple[Tensor, Tensor]]) -> Tenso
     precision = torch.float16 if config.precision == "fp16" else torch.bfloat16
     for worker, (images, labels) in zip(job.sampler.worker_ids, parts):
         # dropout and the like depend on step and worker alone, wherever the worker lives
-        torch.manual_seed(seed_for(config.seed, "worker", job.counters.step, worker))
+        _seed(job.device, seed_for(config.seed, "worker", job.counters.step, worker))
         images = images.to(job.device, non_blocking=True)
         labels = labels.to(job.device, non_blocking=True)
         for x, y in zip(images.chunk(config.accumulate), labels.chunk(config.accumulate)):
-            job.optimizer.observe_examples(job.model, partial(_losses, config), x, y)
+            seen = job.optimizer.observe_examples(job.model, partial(_losses, config), x, y)
+            job.counters.gradient_evaluations += len(y) * job.world.size * (1 + seen)
             with torch.autocast(job.device.type, precision, enabled=config.precision != "fp32"):
                 logits = job.model(x)
             losses = _losses(config, logits, y)
@@ -170,6 +183,13 @@ def _forward_and_backward(job: Job, parts: list[tuple[Tensor, Tensor]]) -> Tenso
             sums[1] += (logits.argmax(1) == y).sum()
             sums[2] += len(y)
     return sums
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """As torch.manual_seed, which takes 2 ms where there is no GPU, for the device in use alone."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _losses(config: TrainConfig, logits: Tensor, labels: Tensor) -> Tensor:
@@ -199,8 +219,7 @@ def _log(job: Job, meter: Meter, records: Records, progress: Progress) -> None:
         records.write("covariance", step, spectrum.numbers())
         meter.spectrum = None
     values = meter.flush(job.world)
-    epoch = job.counters.step / job.sampler.steps_per_epoch
-    coverage = job.optimizer.noise_coverage
+    epoch, coverage = job.epoch, job.optimizer.noise_coverage
     records.write("train", job.counters.step, {
         "epoch": epoch, **values, "noise_due_steps": coverage.due,
         "noise_missed_steps": coverage.missed})

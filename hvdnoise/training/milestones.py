@@ -2,49 +2,92 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from hvdnoise.training import checkpoint, data
-from hvdnoise.training.evaluate import common_buffers, evaluate
+from hvdnoise.training import checkpoint, data, models
+from hvdnoise.training.evaluate import Score, common_buffers, evaluate, evaluate_all
+from hvdnoise.training.images import Images
 from hvdnoise.training.job import Job
 from hvdnoise.training.progress import log
 from hvdnoise.training.records import Records, weights_digest, write_text
 from hvdnoise.training.runfolder import config_digest, write_weights
 
+Scores = dict[str, float]
 
-def score(job: Job, folder: Path, records: Records) -> dict[str, float]:
-    """Score the model, and the moving average where there is one; keep the best weights."""
-    at, world = job.counters, job.world
-    scores: dict[str, float] = {}
+
+def score(job: Job, folder: Path, records: Records) -> Scores:
+    """Score the model, and the moving average where there is one; keep the best weights.
+
+    On the validation images where there are any, else on the test images.
+    """
+    at, world, validation = job.counters, job.world, job.datasets.validation
+    kind, images = ("test", job.datasets.test) if validation is None else ("validation", validation)
+    scores: Scores = {}
     for prefix, model in (("", job.model), ("ema_", job.ema)):
         if model is None:
             continue
         with common_buffers(model, world):
-            found = evaluate(model, _test_batches(job), world, job.device)
+            found = evaluate(model, _batches(job, images), world, job.device)
             if model is job.model and found.accuracy > at.best_accuracy:
                 at.best_accuracy, at.best_step = found.accuracy, at.step
-                _write_weights(job, folder / "weights-best.pt", model)
-        scores.update({f"{prefix}test_loss": found.loss, f"{prefix}test_accuracy": found.accuracy})
-    epoch = at.step / job.sampler.steps_per_epoch
-    records.write("test", at.step, {"epoch": epoch, "seconds": at.seconds, **scores})
-    log.info("epoch %.4g: %s", epoch, "  ".join(f"{key.replace('_', ' ')} {value:.4f}"
-                                                for key, value in scores.items()))
+                if validation is not None:
+                    job.best = {name: value.detach().cpu().clone()
+                                for name, value in model.state_dict().items()}
+                _write_weights(job, folder / "weights-best.pt", model.state_dict())
+        scores.update(_named(f"{prefix}{kind}", found))
+    _record(job, records, kind, scores)
     return scores
 
 
-def _test_batches(job: Job) -> data.Loader:
-    return data.test_loader(job.datasets, size=job.world.size, rank=job.world.rank,
+def _score_test(job: Job, records: Records) -> Scores:
+    """The test images, read once: with the final weights, their moving average and the best."""
+    models_ = {"test": job.model, "ema_test": job.ema}
+    with contextlib.ExitStack() as stack:
+        for model in models_.values():
+            if model is not None:
+                stack.enter_context(common_buffers(model, job.world))
+        models_["best_test"] = _best_model(job)
+        found = evaluate_all([model for model in models_.values() if model is not None],
+                             _batches(job, job.datasets.test), job.world, job.device)
+    named = zip((name for name, model in models_.items() if model is not None), found)
+    scores = {key: value for each in named for key, value in _named(*each).items()}
+    _record(job, records, "test", scores)
+    return scores
+
+
+def _best_model(job: Job) -> nn.Module:
+    spec = job.datasets.spec
+    model = models.build(job.config.model, spec.num_classes, spec.image_shape,
+                         norm=job.config.norm).to(job.device)
+    assert job.best is not None  # there has been a score
+    model.load_state_dict(job.best)
+    return model
+
+
+def _named(prefix: str, found: Score) -> Scores:
+    return {f"{prefix}_loss": found.loss, f"{prefix}_accuracy": found.accuracy}
+
+
+def _record(job: Job, records: Records, kind: str, scores: Scores) -> None:
+    at, epoch = job.counters, job.epoch
+    records.write(kind, at.step, {"epoch": epoch, "seconds": at.seconds, **scores})
+    log.info("epoch %.4g: %s", epoch, "  ".join(f"{key.replace('_', ' ')} {value:.4f}"
+                                                for key, value in scores.items()))
+
+
+def _batches(job: Job, images: Images) -> data.Loader:
+    return data.eval_loader(images, size=job.world.size, rank=job.world.rank,
                             batch_size=max(job.sampler.batch_size, 256))
 
 
-def _write_weights(job: Job, path: Path, model: nn.Module) -> None:
+def _write_weights(job: Job, path: Path, state: dict[str, Any]) -> None:
     """Rank 0 writes; a failure is a CheckpointError on all ranks."""
-    checkpoint.gather_or_raise(job.world, "weights",
-                               lambda: write_weights(path, model.state_dict())
+    checkpoint.gather_or_raise(job.world, "weights", lambda: write_weights(path, state)
                                if job.world.rank == 0 else None)
 
 
@@ -74,23 +117,49 @@ def preempted(job: Job, folder: Path, *, saved: bool) -> None:
     job.world.barrier("preempted")  # a launcher ends the other ranks when the first one exits
 
 
-def finish(job: Job, folder: Path, scores: dict[str, float]) -> None:
-    """Write the final weights and the summary."""
-    at, world = job.counters, job.world
-    digests = {}
+def finish(job: Job, folder: Path, records: Records, scores: Scores) -> None:
+    """Write the final weights and the summary; with validation, read the test images first.
+
+    Args:
+        scores: of the final weights, by `score`.
+    """
+    at, world, digests = job.counters, job.world, {}
+    best = {"best_test_accuracy": at.best_accuracy}
+    if job.best is not None:
+        best = {"best_validation_accuracy": at.best_accuracy}
+        scores = {**scores, **_score_test(job, records)}
+        # the run may have been resumed in another folder, which has no best weights yet
+        _write_weights(job, folder / "weights-best.pt", job.best)
+    if job.config.score_train:
+        with common_buffers(job.model, world):
+            scores = {**scores, **_named("train", evaluate(
+                job.model, _batches(job, job.datasets.train), world, job.device))}
     for name, model in (("weights", job.model), ("weights-ema", job.ema and job.ema.module)):
         if model is not None:
             with common_buffers(model, world):
-                _write_weights(job, folder / f"{name}.pt", model)
+                _write_weights(job, folder / f"{name}.pt", model.state_dict())
                 digests[f"{name.replace('-', '_')}_sha256"] = weights_digest(model.state_dict())
-    summary = {**scores, "best_test_accuracy": at.best_accuracy, "best_step": at.best_step,
-               "steps": at.step, "epochs": at.step / job.sampler.steps_per_epoch,
-               "seconds": round(at.seconds, 3), "bad_steps": at.bad_steps, **digests,
-               "ranks": world.size, "workers": job.sampler.num_workers,
-               "worker_batch": job.batches.worker, "global_batch": job.batches.total,
-               "config_sha256": config_digest(job.config),
-               "noise": " + ".join(each.kind for each in job.config.noise.each())}
+    summary = {"outcome": "finished", **best, **scores, "best_step": at.best_step,
+               "bad_steps": at.bad_steps, **digests, **_facts(job),
+               "gradient_evaluations": at.gradient_evaluations,
+               "exchange_bytes": at.exchange_bytes}
     _write_facts(job, folder / "summary.json", summary)
     log.info("test accuracy %.4f (best %.4f) after %d steps and %.0f s; everything is in %s",
-             scores["test_accuracy"], at.best_accuracy, at.step, at.seconds, folder)
+             scores["test_accuracy"], summary["best_test_accuracy"], at.step, at.seconds, folder)
     world.barrier("finished")
+
+
+def diverged(job: Job, folder: Path, reason: str) -> None:
+    """Write the summary of a run that is given up."""
+    _write_facts(job, folder / "summary.json",
+                 {"outcome": "diverged", "reason": reason, **_facts(job)})
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    """What every summary says."""
+    at = job.counters
+    return {"steps": at.step, "epochs": job.epoch, "seconds": round(at.seconds, 3),
+            "ranks": job.world.size, "workers": job.sampler.num_workers,
+            "worker_batch": job.batches.worker, "global_batch": job.batches.total,
+            "config_sha256": config_digest(job.config),
+            "noise": " + ".join(each.kind for each in job.config.noise.each())}

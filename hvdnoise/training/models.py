@@ -1,11 +1,22 @@
 """Models by name.
 
+- mlp: two hidden layers of 128 and 64 ReLUs on the pixels; 109,386 parameters on Fashion-MNIST.
 - small-cnn: three convolutions with group norm and a linear layer; for small images and quick runs.
 - resnet20, 32, 44, 56, 110: the CIFAR networks of He et al., Deep residual learning, 2015, with
   shortcuts of option A (strided identity, new channels zero), as in the paper's CIFAR section.
 - vgg16-bn: VGG16 with batch norm and one linear layer, for images of about 32x32 pixels.
 - any classifier of torchvision.models by its name, with random weights ("resnet18", or
   "torchvision:resnet18"). Its first convolution is made anew for images without 3 channels.
+
+The normalisation of small-cnn, the CIFAR networks and vgg16-bn can be chosen (``norm``):
+
+- group: group norm (Wu and He 2018, arXiv:1803.08494); of C channels min(32, C / 4) groups, in
+  small-cnn 4 groups. An example's output depends on that example alone.
+- batch: batch norm. In training each worker's statistics are those of its own batch ("ghost
+  batches"), with V virtual workers those of each of the V micro-batches by itself; the running
+  statistics are a rank's own, and evaluation uses their mean over the ranks
+  (`hvdnoise.training.evaluate`).
+- auto: each network's own: group in small-cnn, batch in the others.
 
 Weights are drawn from torch's default generator: seed it (equally on all ranks) before `build`.
 """
@@ -14,6 +25,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,26 +34,35 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _Builder = Callable[[int, tuple[int, int, int]], nn.Module]
+_Norm = Callable[[int], nn.Module]  # of the number of channels
+NORMS = ("auto", "batch", "group")
 _PREFIX = "torchvision:"
 
 
 def names() -> list[str]:
     """Every name that `build` knows."""
-    return [*_BUILDERS, *_torchvision_names()]
+    return [*_own_names(), *_torchvision_names()]
 
 
-def build(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+def _own_names() -> list[str]:
+    return [*_NORMED, *_BUILDERS]
+
+
+def build(name: str, num_classes: int, image_shape: tuple[int, int, int], *, norm: str = "auto"
+          ) -> nn.Module:
     """A new model: (b, C, H, W) float images -> (b, num_classes) logits.
 
     Args:
         name: one of `names()`; "torchvision:NAME" takes torchvision's where both have one.
         num_classes: width of the logits.
         image_shape: (C, H, W).
+        norm: one of `NORMS`; see the module.
 
     Raises:
-        ValueError: an unknown name (with the nearest ones), or images the model cannot take.
+        ValueError: an unknown name (with the nearest ones), images the model cannot take, or a
+            ``norm`` for a model without a choice.
     """
-    builder = find(name)
+    builder = find(name, norm)
     try:
         model = builder(num_classes, image_shape).eval()
         with torch.no_grad():  # a blank image, so that a misfit is an error before the run
@@ -54,40 +75,60 @@ def build(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.
     return model.train()
 
 
-def outline(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+def outline(name: str, num_classes: int, image_shape: tuple[int, int, int], *, norm: str = "auto"
+            ) -> nn.Module:
     """A model to look at; it is built without storage where it can be. Raises as `build`."""
     try:
         with torch.device("meta"):
-            return build(name, num_classes, image_shape)
+            return build(name, num_classes, image_shape, norm=norm)
     except ValueError:  # some of torchvision's look at their numbers; or it is a real misfit
-        return build(name, num_classes, image_shape)
+        return build(name, num_classes, image_shape, norm=norm)
 
 
-def find(name: str) -> _Builder:
-    if name in _BUILDERS:
-        return _BUILDERS[name]
+def find(name: str, norm: str = "auto") -> _Builder:
+    """What builds the model of this name. Raises as `build`, but for images."""
+    if norm not in NORMS:
+        raise ValueError(f"norm={norm!r} is unknown: choose one of {', '.join(NORMS)}")
+    if name in _NORMED:
+        return functools.partial(_NORMED[name], norm)
     plain = name.removeprefix(_PREFIX)
-    if plain in _torchvision_names():
-        return functools.partial(_torchvision, plain)
-    near = difflib.get_close_matches(plain, names(), n=3, cutoff=0.5)
-    raise ValueError(f"model {name!r} is unknown: did you mean {' or '.join(near)}?" if near else
-                     f"model {name!r} is unknown: choose one of {', '.join(_BUILDERS)} or a "
-                     "classifier of torchvision")
+    if name not in _BUILDERS and plain not in _torchvision_names():
+        near = difflib.get_close_matches(plain, names(), n=3, cutoff=0.5)
+        raise ValueError(f"model {name!r} is unknown: " + (
+            f"did you mean {' or '.join(near)}?" if near else
+            f"choose one of {', '.join(_own_names())} or a classifier of torchvision"))
+    if norm != "auto":
+        raise ValueError(f"norm={norm} does nothing in model {name!r}: leave it out, or choose one "
+                         f"of {', '.join(_NORMED)}")
+    return _BUILDERS.get(name) or functools.partial(_torchvision, plain)
+
+
+def _group_norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(min(32, channels // 4), channels)
+
+
+_LAYERS: dict[str, _Norm] = {"batch": nn.BatchNorm2d, "group": _group_norm}
+
+
+def _mlp(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(image_shape), 128), nn.ReLU(),
+                         nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, num_classes))
 
 
 class _SmallCNN(nn.Sequential):
-    """Three times (3x3 convolution, group norm, ReLU, 2x2 max pooling), then a linear layer.
+    """Three times (3x3 convolution, norm, ReLU, 2x2 max pooling), then a linear layer.
 
-    Group norm, not batch norm: no statistics of the batch, so that a worker's gradient depends on
-    its own examples alone and W virtual workers give what W ranks give.
+    Group norm unless asked otherwise: no statistics of the batch, so that a worker's gradient
+    depends on its own examples alone and W virtual workers give what W ranks give.
     """
 
-    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+    def __init__(self, norm: str, num_classes: int, image_shape: tuple[int, int, int]) -> None:
         channels, height, width = image_shape
+        layer: _Norm = nn.BatchNorm2d if norm == "batch" else functools.partial(nn.GroupNorm, 4)
         layers: list[nn.Module] = []
         for wide in (32, 64, 128):
             layers += [nn.Conv2d(channels, wide, 3, padding=1, bias=False), nn.MaxPool2d(2),
-                       nn.GroupNorm(4, wide), nn.ReLU()]
+                       layer(wide), nn.ReLU()]
             channels = wide
         layers += [nn.Flatten(), nn.Linear(channels * (height // 8) * (width // 8), num_classes)]
         super().__init__(*layers)
@@ -96,13 +137,13 @@ class _SmallCNN(nn.Sequential):
 class _Block(nn.Module):
     """Two 3x3 convolutions and the shortcut of option A."""
 
-    def __init__(self, narrow: int, wide: int) -> None:
+    def __init__(self, norm: _Norm, narrow: int, wide: int) -> None:
         super().__init__()
         self.stride = 1 if narrow == wide else 2
         self.conv1 = nn.Conv2d(narrow, wide, 3, self.stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(wide)
+        self.bn1 = norm(wide)
         self.conv2 = nn.Conv2d(wide, wide, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(wide)
+        self.bn2 = norm(wide)
         self.new_channels = wide - narrow
 
     def forward(self, images: Tensor) -> Tensor:
@@ -117,12 +158,14 @@ class _Block(nn.Module):
 class _CifarResNet(nn.Module):
     """6n + 2 layers: n blocks each of 16, 32 and 64 channels, mean over pixels, linear."""
 
-    def __init__(self, depth: int, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+    def __init__(self, depth: int, norm: str, num_classes: int,
+                 image_shape: tuple[int, int, int]) -> None:
         super().__init__()
+        layer = _LAYERS["batch" if norm == "auto" else norm]
         self.conv = nn.Conv2d(image_shape[0], 16, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(16)
+        self.bn = layer(16)
         widths = [16] + [wide for wide in (16, 32, 64) for _ in range((depth - 2) // 6)]
-        self.blocks = nn.Sequential(*(_Block(a, b) for a, b in zip(widths, widths[1:])))
+        self.blocks = nn.Sequential(*(_Block(layer, a, b) for a, b in zip(widths, widths[1:])))
         self.linear = nn.Linear(64, num_classes)
         _kaiming(self)
 
@@ -132,12 +175,12 @@ class _CifarResNet(nn.Module):
         return logits
 
 
-def _vgg16_bn(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
-    channels = image_shape[0]
+def _vgg16_bn(norm: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    channels, layer = image_shape[0], _LAYERS["batch" if norm == "auto" else norm]
     layers: list[nn.Module] = []
     for widths in ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3):
         for wide in widths:
-            layers += [nn.Conv2d(channels, wide, 3, padding=1, bias=False), nn.BatchNorm2d(wide),
+            layers += [nn.Conv2d(channels, wide, 3, padding=1, bias=False), layer(wide),
                        nn.ReLU(inplace=True)]
             channels = wide
         layers.append(nn.MaxPool2d(2, ceil_mode=True))  # ceil: 28 pixels last five halvings too
@@ -180,7 +223,8 @@ def _torchvision(name: str, num_classes: int, image_shape: tuple[int, int, int])
     return model
 
 
-_BUILDERS: dict[str, _Builder] = {
+_BUILDERS: dict[str, _Builder] = {"mlp": _mlp}
+_NORMED: dict[str, Callable[..., nn.Module]] = {  # the norm comes first
     "small-cnn": _SmallCNN,
     **{f"resnet{depth}": functools.partial(_CifarResNet, depth)
        for depth in (20, 32, 44, 56, 110)},

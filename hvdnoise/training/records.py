@@ -2,11 +2,15 @@
 
     RUN/config.yaml          the settings, as `hvdnoise train --config` takes them
     RUN/environment.json     versions, ranks, hosts
-    RUN/metrics.jsonl        one JSON object a line, "kind": "train" (every log interval), "test"
-                             or "covariance" (`hvdnoise.spectrum`)
+    RUN/metrics.jsonl        one JSON object a line, "kind": "train" (every log interval),
+                             "validation" (every eval_every epochs, where there are such images),
+                             "test" (at the end alone where there are, else every eval_every
+                             epochs) or "covariance" (`hvdnoise.spectrum`)
     RUN/tensorboard/         the same numbers as events
-    RUN/summary.json         how the run ended; there is none before
-    RUN/weights*.pt          state dicts: final, best test accuracy, moving average
+    RUN/summary.json         how the run ended, "outcome": "finished" or "diverged"; there is none
+                             before, and none of a run that crashed; see docs/architecture.md
+    RUN/weights*.pt          state dicts: final, best accuracy (on the validation images, else on
+                             the test images), moving average
     RUN/checkpoints/         see `hvdnoise.training.checkpoint`
     RUN/logs/rank-N.log      every rank's own
     RUN/measure/             what `hvdnoise measure` found of the weights; see docs/measure.md
@@ -28,6 +32,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -156,18 +161,19 @@ class Records:
     Args:
         folder: the run's.
         resumed_at: a step: what an earlier process wrote about later steps is dropped.
+        again: kinds of which the lines of that step are dropped too: they will be written anew.
         tensorboard: whether to write events too.
     """
 
-    def __init__(self, folder: Path, *, rank: int, resumed_at: int | None, tensorboard: bool
-                 ) -> None:
+    def __init__(self, folder: Path, *, rank: int, resumed_at: int | None, tensorboard: bool,
+                 again: Collection[str] = ()) -> None:
         self.folder = folder
         self._path = folder / "metrics.jsonl"
         self._events: Any = None
         self._failed: set[str] = set()
         self._active = rank == 0
         if self._active and resumed_at is not None:
-            self._attempt("metrics.jsonl", lambda: self._drop_after(resumed_at))
+            self._attempt("metrics.jsonl", lambda: self._drop_after(resumed_at, again))
         if self._active and tensorboard:
             self._attempt("TensorBoard events", lambda: self._open_events(resumed_at))
 
@@ -176,10 +182,12 @@ class Records:
         purge = None if resumed_at is None else resumed_at + 1
         self._events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
 
-    def _drop_after(self, step: int) -> None:
+    def _drop_after(self, step: int, again: Collection[str]) -> None:
+        def stays(line: dict[str, Any]) -> bool:
+            return line["step"] < step or line["step"] == step and line["kind"] not in again
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines(keepends=True)
-                    if line.endswith("\n") and json.loads(line)["step"] <= step]
+                    if line.endswith("\n") and stays(json.loads(line))]
             write_text(self._path, "".join(kept))
 
     def write(self, kind: str, step: int, values: dict[str, float | int | None]) -> None:

@@ -52,7 +52,8 @@ def restore(config: TrainConfig, weights: Path, device: torch.device
         ValueError: when there are no such weights or data; ConfigError when they do not fit.
     """
     datasets = data.build(config.data, seed=config.seed)
-    model = models.build(config.model, datasets.spec.num_classes, datasets.spec.image_shape)
+    model = models.build(config.model, datasets.spec.num_classes, datasets.spec.image_shape,
+                         norm=config.norm)
     if weights.name == "shared.pt":
         checkpoint.check(weights.parent, {"shared.pt"})
     state = checkpoint.read(weights)
@@ -68,7 +69,8 @@ def score(config: TrainConfig, weights: Path, world: World, device: torch.device
     """Score, and say the result on one line. Collective."""
     data.prepare(config.data, world)
     datasets, model = call_or_raise(world, lambda: restore(config, weights, device))
-    batches = data.test_loader(datasets, size=world.size, rank=world.rank, batch_size=batch_size)
+    batches = data.eval_loader(datasets.test, size=world.size, rank=world.rank,
+                               batch_size=batch_size)
     found = evaluate(model, batches, world, device)
     log.info("test accuracy %.4f  test loss %.4f  on %d examples of %s, weights %s",
              found.accuracy, found.loss, found.count, config.data.dataset, weights)

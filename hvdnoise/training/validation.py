@@ -87,9 +87,9 @@ def _check_batch(config: TrainConfig, size: int) -> None:
     from hvdnoise.training.optim import build_schedule
     from hvdnoise.training.sampler import steps_per_epoch
     data = config.data
-    given = data.limit if data.record.counted else data.record.count(data)[0]
-    if given is not None:
-        steps_per_epoch(min(given, data.limit or given), workers, batch)
+    used = data.limit if data.record.counted else data.in_use(data.record.count(data)[0])
+    if used is not None:
+        steps_per_epoch(used, workers, batch)
     build_schedule(optim.SGD(nn.Linear(1, 1).parameters(), lr=config.optim.lr), config.lr,
                    batch * workers, 1, config.epochs)  # for what it refuses
 
@@ -119,7 +119,8 @@ def _check_noise(config: TrainConfig, size: int) -> None:
     if noise.sees_examples or layered is not None:
         from hvdnoise.per_example import check_statistics
         from hvdnoise.training import models
-        model = models.outline(config.model, 10, config.data.record.shape(config.data))
+        model = models.outline(config.model, 10, config.data.record.shape(config.data),
+                               norm=config.norm)
         if noise.sees_examples:
             check_statistics(model)
         if layered is not None:
@@ -128,7 +129,7 @@ def _check_noise(config: TrainConfig, size: int) -> None:
 
 def _check_names(config: TrainConfig, size: int) -> None:
     from hvdnoise.training import models
-    models.find(config.model)
+    models.find(config.model, config.norm)
     name = config.name
     require(name is None or bool(name) and Path(name).name == name, "name", repr(name),
             "give a plain name without slashes")

@@ -108,13 +108,13 @@ def test_iterating_draws_nothing_from_torch() -> None:
     loader = data.train_loader(sets, sampler_of(sets, [0], 1))
     before = torch.get_rng_state()
     list(loader)
-    list(data.test_loader(sets, size=1, rank=0, batch_size=7))
+    list(data.eval_loader(sets.test, size=1, rank=0, batch_size=7))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_evaluation_loads_every_example_once() -> None:
     sets = small()
-    parts = [list(data.test_loader(sets, size=5, rank=rank, batch_size=3)) for rank in range(5)]
+    parts = [list(data.eval_loader(sets.test, size=5, rank=rank, batch_size=3)) for rank in range(5)]
     images = torch.cat([images for part in parts for images, _ in part])
     assert torch.equal(images, sets.test.batch(range(24), None)[0])
 
@@ -132,8 +132,8 @@ def test_loader_processes_give_the_same_batches(tmp_path: Path) -> None:
             sampler.set_epoch(epoch, start)
             assert same(list(here), list(there))
         assert torch.equal(torch.get_rng_state(), before)
-        assert same(list(data.test_loader(sets, size=2, rank=1, batch_size=2)),
-                    list(data.test_loader(sets, size=2, rank=1, batch_size=2, loader_workers=1)))
+        assert same(list(data.eval_loader(sets.test, size=2, rank=1, batch_size=2)),
+                    list(data.eval_loader(sets.test, size=2, rank=1, batch_size=2, loader_workers=1)))
 
 
 PROGRAM = """

@@ -41,7 +41,8 @@ def test_option_a_shortcuts_are_strided_identities() -> None:
 
 
 @pytest.mark.parametrize("name,shape", [
-    ("small-cnn", FASHION), ("small-cnn", CIFAR), ("resnet20", FASHION), ("vgg16-bn", CIFAR),
+    ("mlp", FASHION), ("mlp", CIFAR), ("small-cnn", FASHION), ("small-cnn", CIFAR),
+    ("resnet20", FASHION), ("vgg16-bn", CIFAR),
     ("vgg16-bn", FASHION), ("resnet18", CIFAR), ("torchvision:resnet18", FASHION),
     ("mobilenet_v3_small", FASHION), ("googlenet", (3, 64, 64))])
 def test_models_train_on_these_shapes(name: str, shape: tuple[int, int, int]) -> None:
@@ -60,6 +61,47 @@ def test_vgg16_has_13_convolutions() -> None:
     convolutions = [m for m in models.build("vgg16-bn", 10, FASHION).modules()
                     if isinstance(m, nn.Conv2d)]
     assert len(convolutions) == 13 and convolutions[0].in_channels == 1
+
+
+def test_the_mlp_has_the_size_of_the_studies() -> None:
+    assert size(models.build("mlp", 10, FASHION)) == 109_386
+
+
+@pytest.mark.parametrize("name", ["small-cnn", "resnet20", "vgg16-bn"])
+def test_norm_changes_the_layers_and_no_weight_that_is_drawn(name: str) -> None:
+    kinds = {"batch": nn.BatchNorm2d, "group": nn.GroupNorm}
+    built = {}
+    for norm in models.NORMS:
+        torch.manual_seed(3)
+        built[norm] = models.build(name, 10, CIFAR, norm=norm)
+    own = "group" if name == "small-cnn" else "batch"
+    for norm, model in built.items():
+        found = [type(each) for each in model.modules() if isinstance(each, tuple(kinds.values()))]
+        assert len(found) >= 3 and set(found) == {kinds[own if norm == "auto" else norm]}
+        outlined = models.outline(name, 10, CIFAR, norm=norm)
+        assert list(outlined.state_dict()) == list(model.state_dict())
+    for (key, batch), (_, group) in zip(built["batch"].named_parameters(),
+                                        built["group"].named_parameters()):
+        assert torch.equal(batch, group), key
+    images = torch.rand(4, *CIFAR)
+    torch.testing.assert_close(built["group"](images)[:2], built["group"](images[:2]))
+    assert not torch.allclose(built["batch"](images)[:2], built["batch"](images[:2]))
+
+
+def test_groups_have_four_channels_until_there_are_32() -> None:
+    groups = {each.num_channels: each.num_groups
+              for each in models.build("vgg16-bn", 10, CIFAR, norm="group").modules()
+              if isinstance(each, nn.GroupNorm)}
+    assert groups == {64: 16, 128: 32, 256: 32, 512: 32}
+
+
+@pytest.mark.parametrize("name, norm, text", [
+    ("mlp", "group", "norm=group does nothing in model 'mlp': leave it out, or choose one of small"),
+    ("resnet18", "batch", "norm=batch does nothing in model 'resnet18'"),
+    ("resnet20", "layer", "norm='layer' is unknown: choose one of auto, batch, group")])
+def test_a_norm_that_does_nothing_is_refused(name: str, norm: str, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        models.build(name, 10, CIFAR, norm=norm)
 
 
 def test_building_draws_weights_by_the_seed_only() -> None:
