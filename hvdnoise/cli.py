@@ -145,8 +145,8 @@ def _measure(arguments: Sequence[str], launched: dict[str, int]) -> int:
 def _study(arguments: Sequence[str], launched: dict[str, int]) -> int:
     from hvdnoise.study.run import run
     if launched["size"] > 1 and "SLURM_STEP_ID" not in os.environ or launched["rank"] > 0:
-        raise ConfigError(f"hvdnoise study starts ranks by itself, and here are {launched['size']} of "
-                          "it: start it without a launcher")
+        raise ConfigError(f"hvdnoise study starts ranks by itself, and here are {launched['size']}"
+                          " of it: start it without a launcher")
     return run(arguments)
 
 

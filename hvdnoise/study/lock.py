@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Iterator
@@ -29,7 +30,9 @@ def only_one(folder: Path, *, wait: float = WAIT_SECONDS) -> Iterator[int]:
         mine = _open(folder / ".lock", stack)
         if not _take(mine):
             raise ConfigError(f"another study works in {folder} (process "
-                              f"{_holders(folder / '.lock')}): wait for it, or end it first")
+                              f"{_who(folder / '.lock')}): wait for it, or end it first")
+        os.ftruncate(mine, 0)
+        os.pwrite(mine, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
         runs = _open(folder / ".lock-runs", stack)
         until = time.monotonic() + wait
         while not _take(runs):
@@ -56,6 +59,10 @@ def _take(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _who(path: Path) -> str:
+    return path.read_text() or "not known"
 
 
 def _holders(path: Path) -> str:

@@ -69,7 +69,7 @@ def _axis(name: str, value: Any) -> Axis:
         return list(value)
     if not isinstance(value, dict) or not {"low", "high"} <= value.keys() <= {"low", "high", "log"}:
         raise ConfigError(f"search.{name}={value} is wrong: give {{low: ..., high: ..., log: "
-                          "true}} or a list of choices")
+                          "true} or a list of choices")
     low, high, log = value["low"], value["high"], value.get("log", False)
     for each in (low, high):
         require(isinstance(each, (int, float)) and not isinstance(each, bool)
