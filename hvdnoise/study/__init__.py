@@ -9,6 +9,7 @@
     lock.py         one study at a time in a folder
     statistics.py   paired differences, intervals, Holm's correction
     results.py      results.json, the choice, the table
+    words.py        what is said on the terminal
     run.py          all of it in its order
 
 docs/studies.md says what it does and why.

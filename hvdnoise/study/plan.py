@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Iterator
 
 from hvdnoise.study import search
@@ -18,8 +17,8 @@ from hvdnoise.study.config import (
 )
 from hvdnoise.study.search import Axis, Point
 from hvdnoise.training import plugins
-from hvdnoise.training.config import ConfigError, TrainConfig, changes, flatten
-from hvdnoise.training.options import reader
+from hvdnoise.training.config import ConfigError, TrainConfig, changes, flat, flatten
+from hvdnoise.training.options import reader, several_noises
 from hvdnoise.training.validation import require, validate
 
 
@@ -125,7 +124,8 @@ def make(config: StudyConfig) -> Plan:
         ConfigError: one line that names method and batch.
     """
     methods = read_methods(config)
-    plugins.load(tuple(config.settings.get("plugins") or ()))
+    for each in (config.settings, *(method.settings for method in methods.values())):
+        plugins.load(tuple(each.get("plugins") or ()))
     read = reader(TrainConfig, program=PROGRAM)
     cells = []
     for name, method in methods.items():
@@ -156,18 +156,11 @@ def _cell(config: StudyConfig, name: str, method: MethodConfig, batch: int, read
     trained = [read(_nested({**given, **point})) for point in points]
     for each in trained:
         validate(replace(each, device="auto") if config.dry_run else each, config.ranks)
-    own = settings_of(replace(config, settings={}), method)
+    own = flat(several_noises(method.settings))
     complete = {key: value for key, value in flatten(trained[0]).items() if key not in axes}
     data = trained[0].data
-    return Cell(name, method.label or name, batch, virtual,
-                {key: value for key, value in own.items() if key in _flat_keys(method)}, given,
-                axes, points, complete, data.record.count(data)[1])
-
-
-def _flat_keys(method: MethodConfig) -> set[str]:
-    from hvdnoise.training.config import flat
-    from hvdnoise.training.options import several_noises
-    return set(flat(several_noises(method.settings)))
+    return Cell(name, method.label or name, batch, virtual, own, given, axes, points, complete,
+                data.record.count(data)[1])
 
 
 def _nested(values: dict[str, Any]) -> dict[str, Any]:
@@ -218,10 +211,9 @@ def check_same(before: Plan, now: Plan) -> None:
 
 def _check_same_cell(old: Cell, new: Cell, remedy: str) -> None:
     where = f"methods.{new.method}, batch {new.batch}: "
-    if search.as_json(old.axes) != search.as_json(new.axes):
+    if old.axes != new.axes:
         name = next(name for name in {**old.axes, **new.axes}
-                    if old.axes.get(name) != new.axes.get(name)) \
-            if old.axes != new.axes else "order"
+                    if old.axes.get(name) != new.axes.get(name))
         raise ConfigError(f"{where}search.{name} was {old.axes.get(name)} and is "
                           f"{new.axes.get(name)}: trials of both would be mixed; {remedy}")
     for name in differing(old.complete, new.complete):
@@ -234,7 +226,3 @@ def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     found = changes(before, now, resize=False)
     return found + ["epochs"] * (before.get("epochs") != now.get("epochs"))
 
-
-def folder_of(config: StudyConfig, run: Run) -> Path:
-    """The run's folder."""
-    return config.folder / run.path

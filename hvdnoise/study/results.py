@@ -163,13 +163,12 @@ _HEADS = ("method", "batch", "trials", "chosen", "test accuracy", "n", "diverged
 def text(results: dict[str, Any], level: float) -> str:
     """The table for people, in Markdown, and what must be known of it."""
     rows = [_row(entry) for entry in results["methods"]]
-    heads = [f"{level:.4g} interval".replace("0.95", "95%") if head == "interval" else head
-             for head in _HEADS]
-    seeds = ", ".join(map(str, results["seeds"]))
+    heads = [f"{100 * level:.4g}% interval" if head == "interval" else head for head in _HEADS]
+    seeds, compared = ", ".join(map(str, results["seeds"])), results["comparisons"]
     lines = [*table([heads, *rows], left=1), "",
              f"Mean and standard error over the seeds {seeds} (n runs). Difference to "
-             f"{results['baseline']}, paired by seed, and its interval (Student's t); p is adjusted "
-             f"for {results['comparisons']} comparisons."]
+             f"{results['baseline']}, paired by seed, and its interval (Student's t); p is "
+             f"adjusted for {compared} comparison{'s' * (compared != 1)}."]
     if results["runs"]["diverged"]:
         lines.append(f"A run that diverged counts with the accuracy of chance, "
                      f"{results['chance']:.4g}.")

@@ -15,7 +15,7 @@ from typing import Any, Sequence
 import yaml
 
 from hvdnoise import comm
-from hvdnoise.study import launch, report, results
+from hvdnoise.study import launch, results, words
 from hvdnoise.study.config import OF_A_COMMAND, PROGRAM, StudyConfig, check, parse_study
 from hvdnoise.study.launch import Started
 from hvdnoise.study.lock import only_one
@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
     places = launch.places(replace(config, slurm="no", launcher="auto")
                            if config.dry_run and config.launcher == "srun" else config, gpus)
     if config.dry_run:
-        print(report.plan_text(plan, State(folder, "all"), len(places)))
+        print(words.plan_text(plan, State(folder, "all"), len(places)))
         return 0
     start_terminal(0)
     try:
@@ -185,10 +185,10 @@ class Study:
         if found.state == "other":
             log.warning("%s was made with other settings, before the choice changed: it is made "
                         "again", run.path)
-        words = launch.command(self.config, [
+        line = launch.command(self.config, [
             *run.flags(), f"--run_dir={folder}", *make_ready(folder, run, found)], folder)
         env = launch.environment(self.config, self._places[place])
-        return run, launch.start(words, run_folder=folder, log=self._log(run), env=env,
+        return run, launch.start(line, run_folder=folder, log=self._log(run), env=env,
                                  lock=self._lock)
 
     def _log(self, run: Run) -> Path:
@@ -201,7 +201,7 @@ class Study:
         found = self.state.look(run)
         if found.ended:
             self.progress.step()
-            self.progress.show(report.run_text(run, self.state))
+            self.progress.show(words.run_text(run, self.state))
             self._write(complete=False)
         return found.ended
 
@@ -229,7 +229,7 @@ class Study:
         return EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED
 
     def _end(self) -> int:
-        found = self._write(complete=not self.state.failed)
+        found = self._write(complete=True)
         text = results.text(found, self.config.level)
         write_text(self.folder / "table.md", text + "\n")
         write_text(self.folder / "table.csv", results.as_csv(found))

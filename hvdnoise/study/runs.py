@@ -41,7 +41,10 @@ def look(folder: Path, run: Run) -> Found:
         text = (folder / "config.yaml").read_text()
     except (FileNotFoundError, NotADirectoryError):
         return Found("none")
-    settings = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    try:
+        settings = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError:  # damaged: whose run it was is not known
+        settings = None
     if not isinstance(settings, dict) or differing(flat(settings), run.complete):
         return Found("other")
     try:

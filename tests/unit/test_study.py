@@ -26,8 +26,8 @@ RATES = {"low": .01, "high": 1.0, "log": True}
 STUDY: dict[str, Any] = {
     "settings": {"data": {"dataset": "synthetic", "num_examples": 128, "validation": 32,
                           "image_size": 8}, "model": "mlp", "epochs": 1},
-    "batches": [32], "virtual_workers": 2, "baseline": "plain", "search": {"optim.lr": RATES}, "trials": 3,
-    "tuning_seeds": [8], "seeds": [1, 2], "jobs": 2, "methods": {"plain": {}, "same": {}}}
+    "batches": [32], "virtual_workers": 2, "baseline": "plain", "search": {"optim.lr": RATES},
+    "trials": 3, "tuning_seeds": [8], "seeds": [1, 2], "jobs": 2, "methods": {"plain": {}, "same": {}}}
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +120,7 @@ def test_what_failed_is_tried_once_more_and_shown(any_model: None,
     assert (moody["failed"], moody["n"]) == (0, 2)
     assert (wild["diverged"], wild["n"], wild["mean"], wild["error"]) == (2, 2, .1, 0)
     assert results()["runs"] == {"planned": 8, "finished": 4, "diverged": 2, "failed": 2}
-    assert results()["comparisons"] == 2 and results()["state"] == "running"
+    assert results()["comparisons"] == 2 and results()["state"] == "complete"
     said = capsys.readouterr().out
     assert "failed: runs/bad/b32/final-seed-1: hvdnoise: error: the disk is full" in said
     assert "wild, batch 32, final, seed 1: diverged" in said

@@ -24,7 +24,7 @@ from tests.fake_world import ThreadWorld, run_threads
 VALUES = [.8471, .8523, .8390, .8502, .8467, .8533, .8419, .8488, .8510, .8455]
 BASELINE = [.8402, .8510, .8405, .8441, .8399, .8496, .8420, .8401, .8477, .8430]
 RATES = {"low": .01, "high": 1.0, "log": True}
-SETTINGS = {"data": {"dataset": "synthetic", "num_examples": 128, "image_size": 8},
+SETTINGS: dict[str, Any] = {"data": {"dataset": "synthetic", "num_examples": 128, "image_size": 8},
             "model": "mlp", "epochs": 1}
 
 
@@ -104,7 +104,7 @@ def test_edges() -> None:
 
 def test_methods_start_from_the_same_weights_and_see_the_same_batch(tmp_path: Path) -> None:
     plan = make(study(tmp_path, settings={**SETTINGS, "data": {
-        **SETTINGS["data"], "limit": 96, "label_noise": 0.2, "validation": 16}}))  # type: ignore
+        **SETTINGS["data"], "limit": 96, "label_noise": 0.2, "validation": 16}}))
     plain, gnc = plan.cells
 
     def start(cell: Any, seed: int) -> tuple[str, torch.Tensor, torch.Tensor]:
@@ -174,7 +174,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                          folder)
     assert Path(two[0]).name == "horovodrun" and two[two.index("-np") + 1] == "2"
     assert two[two.index("-H") + 1] == "localhost:2" and "hvdnoise" not in two[:-4]
-    assert two[-5:][0] == "--verbose" and two[-1] == "--a=1"
+    assert two[-6] == "--verbose" and two[-1] == "--a=1"
     mpi = launch.command(study(tmp_path, ranks=2, launcher="mpirun"), [], folder)
     assert Path(mpi[0]).name == "mpirun" and mpi[-1] == "train"
     for name in ("slurm", "launcher"):
@@ -213,10 +213,11 @@ def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_plan_counts_its_runs(tmp_path: Path) -> None:
-    plan: Plan = make(study(tmp_path, trials=3, tuning_seeds=[8, 9], seeds=[1, 2, 3], settings={
-        **SETTINGS, "data": {**SETTINGS["data"], "validation": 32}},  # type: ignore[dict-item]
-        search={"optim.lr": RATES}, methods={"plain": {}, "fixed": {"search": {
-            "optim.lr": [0.3]}}}))
+    settings = {**SETTINGS, "data": {**SETTINGS["data"], "validation": 32}}
+    plan: Plan = make(study(
+        tmp_path, trials=3, tuning_seeds=[8, 9], seeds=[1, 2, 3], settings=settings,
+        search={"optim.lr": RATES},
+        methods={"plain": {}, "fixed": {"search": {"optim.lr": [0.3]}}}))
     assert [run.path for run in plan.trials()] == [
         f"runs/plain/b32/trial-0{trial}-seed-{seed}" for trial in range(3) for seed in (8, 9)]
     assert plan.count() == 6 + 2 * 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 
 from hvdnoise.study import launch, results, search
 from hvdnoise.study.plan import Cell, Plan, Run
@@ -40,7 +41,6 @@ def _cell(plan: Plan, cell: Cell) -> list[str]:
     axes = [f"    {name}: {axis}" for name, axis in search.as_json(cell.axes).items()]
     run = next(iter([*plan.trials_of(cell), *plan.finals_of(cell, cell.points[0])]))
     folder = plan.config.folder / run.path
-    from dataclasses import replace
     config = plan.config if plan.config.launcher != "srun" else replace(plan.config, slurm="no")
     words = launch.command(config, [*run.flags(), f"--run_dir={folder}", "--resume=auto"], folder)
     return [f"{cell.label}, batch {cell.batch}: {about}, "
