@@ -18,7 +18,7 @@ from hvdnoise.study import guard
 from hvdnoise.study.config import StudyConfig
 from hvdnoise.training.config import ConfigError
 
-_GUARD = [sys.executable, guard.__file__]
+_GUARD = [sys.executable, "-I", "-S", guard.__file__]  # quick: it needs no packages
 _TRAIN = [sys.executable, "-m", "hvdnoise", "train"]
 _NO_RANK = ["env", "-u", "SLURM_STEP_ID"]  # or a process takes a task's number for its rank
 POLL_SECONDS = 0.1

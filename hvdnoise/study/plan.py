@@ -225,4 +225,3 @@ def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The settings (by flag) that make two runs different ones."""
     found = changes(before, now, resize=False)
     return found + ["epochs"] * (before.get("epochs") != now.get("epochs"))
-

@@ -50,13 +50,13 @@ Point = dict[str, Any]
 
 
 def read(search: Mapping[str, Any]) -> dict[str, Axis]:
-    """The axes by the settings' names, the learning rate first.
+    """The axes by the settings' names, the learning rate first; the file's order is no matter.
 
     Raises:
         ConfigError: for what is neither a range nor a list.
     """
     axes = {name: _axis(name, value) for name, value in search.items()}
-    return {name: axes[name] for name in sorted(axes, key=lambda name: name != LEARNING_RATE)}
+    return {name: axes[name] for name in sorted(axes, key=lambda it: (it != LEARNING_RATE, it))}
 
 
 def _axis(name: str, value: Any) -> Axis:

@@ -27,7 +27,8 @@ STUDY: dict[str, Any] = {
     "settings": {"data": {"dataset": "synthetic", "num_examples": 128, "validation": 32,
                           "image_size": 8}, "model": "mlp", "epochs": 1},
     "batches": [32], "virtual_workers": 2, "baseline": "plain", "search": {"optim.lr": RATES},
-    "trials": 3, "tuning_seeds": [8], "seeds": [1, 2], "jobs": 2, "methods": {"plain": {}, "same": {}}}
+    "trials": 3, "tuning_seeds": [8], "seeds": [1, 2], "jobs": 2,
+    "methods": {"plain": {}, "same": {}}}
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     defaults = tmp_path / "defaults.json"
     defaults.write_text(json.dumps({key: value for key, value in flatten(TrainConfig()).items()}))
     monkeypatch.setattr(launch, "_TRAIN", [
-        sys.executable, str(ROOT / "tests" / "fake_trainer.py"), str(defaults)])
+        sys.executable, "-I", "-S", str(ROOT / "tests" / "fake_trainer.py"), str(defaults)])
     monkeypatch.setattr(launch, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(log, "handlers", [])  # each command adds one
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)

@@ -24,8 +24,9 @@ from tests.fake_world import ThreadWorld, run_threads
 VALUES = [.8471, .8523, .8390, .8502, .8467, .8533, .8419, .8488, .8510, .8455]
 BASELINE = [.8402, .8510, .8405, .8441, .8399, .8496, .8420, .8401, .8477, .8430]
 RATES = {"low": .01, "high": 1.0, "log": True}
-SETTINGS: dict[str, Any] = {"data": {"dataset": "synthetic", "num_examples": 128, "image_size": 8},
-            "model": "mlp", "epochs": 1}
+SETTINGS: dict[str, Any] = {
+    "data": {"dataset": "synthetic", "num_examples": 128, "image_size": 8}, "model": "mlp",
+    "epochs": 1}
 
 
 def study(tmp_path: Path, **changes: Any) -> StudyConfig:
@@ -168,8 +169,8 @@ def test_a_study_may_grow(tmp_path: Path) -> None:
 def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     folder = tmp_path / "r"
-    assert launch.command(study(tmp_path), ["--a=1"], folder)[1:] == ["-m", "hvdnoise", "train",
-                                                                     "--a=1"]
+    alone = launch.command(study(tmp_path), ["--a=1"], folder)
+    assert alone[1:] == ["-m", "hvdnoise", "train", "--a=1"]
     two = launch.command(study(tmp_path, ranks=2, launcher_options=["--verbose"]), ["--a=1"],
                          folder)
     assert Path(two[0]).name == "horovodrun" and two[two.index("-np") + 1] == "2"
