@@ -123,6 +123,8 @@ def parse_study(arguments: Sequence[str]) -> StudyConfig:
         file = Path(arguments[0])
         require(file.is_file(), "file", file, "there is none; give the YAML file of a study first")
         arguments = ["--name", file.stem, "--config", arguments[0], *arguments[1:]]
+    elif not {each.partition("=")[0] for each in arguments} & {"--config", "--help", "-h"}:
+        raise ConfigError("no file of a study: give it first, as hvdnoise study my.yaml --dry_run")
     config = parse(StudyConfig, arguments, program=PROGRAM)
     check(config)
     return config

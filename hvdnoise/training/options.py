@@ -16,6 +16,7 @@ import re
 import typing
 from argparse import ArgumentError
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator, Sequence, TypeVar
 
 import jsonargparse
@@ -75,19 +76,19 @@ def reader(kind: type[T], *, program: str) -> Callable[[dict[str, Any]], T]:
 
     No plugin is imported. The function raises a ConfigError for what are no such settings.
     """
+    groups = [name for name, hint in typing.get_type_hints(kind).items() if hasattr(hint, "schema")]
     parsers: dict[Any, jsonargparse.ArgumentParser] = {}  # by the kinds of noise, as in `parse`
 
-    def parser(key: Any, found: Any = None) -> jsonargparse.ArgumentParser:
-        if key not in parsers:
-            parsers[key] = _parser(kind, _schema(kind, found), program)
-        return parsers[key]
-
     def read(values: dict[str, Any]) -> T:
+        given = {name: values.get(name) for name in groups}
+        kinds = {name: each["kind"] for name, each in given.items()
+                 if isinstance(each, dict) and isinstance(each.get("kind"), str)}
+        key = tuple(kinds.items())
         with _one_line_errors(kind):
-            found = parser(None).parse_object(values)
-            kinds = tuple(found[name].kind for name, hint in typing.get_type_hints(kind).items()
-                          if hasattr(hint, "schema"))
-            return _build(kind, parser(kinds, found).parse_object(values) if kinds else found)
+            if key not in parsers:
+                found = {name: SimpleNamespace(kind=kinds.get(name, "none")) for name in groups}
+                parsers[key] = _parser(kind, _schema(kind, found), program)
+            return _build(kind, parsers[key].parse_object(values))
     return read
 
 

@@ -98,6 +98,7 @@ def test_a_whole_study(capsys: pytest.CaptureFixture[str]) -> None:
                                                                "studies/my/table.csv"))]
 
 
+@pytest.mark.slow
 def test_the_choice_at_an_edge_and_ties_to_the_lower_rate() -> None:
     assert study(search={"optim.lr": [1.0, 10.0]}, trials=2) == 0
     assert entry("plain")["chosen"] == {"optim.lr": 1.0} and entry("plain")["edge"] == ["optim.lr"]
@@ -128,6 +129,7 @@ def test_what_failed_is_tried_once_more_and_shown(any_model: None,
     assert "A method with a final that failed has no mean" in said
 
 
+@pytest.mark.slow
 def test_failed_trials_are_out_and_diverged_ones_are_chance(any_model: None) -> None:
     assert study(methods={"plain": {}, "bad": model("fail"), "wild": model("diverge")}) == 1
     bad, wild = entry("bad"), entry("wild")
@@ -138,6 +140,7 @@ def test_failed_trials_are_out_and_diverged_ones_are_chance(any_model: None) -> 
     assert "3 (3 failed)" in Path("studies/my/table.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_study_grows(capsys: pytest.CaptureFixture[str]) -> None:
     assert study(trials=2, search={"optim.lr": {"low": .001, "high": .1, "log": True}}) == 0
     assert entry("plain")["chosen"] == {"optim.lr": .01}
@@ -161,6 +164,7 @@ def during(condition: Callable[[], bool], action: Callable[[], None]) -> threadi
     return thread
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_runs_and_the_same_command_goes_on(
         any_model: None, capsys: pytest.CaptureFixture[str], number: int, code: int) -> None:
@@ -309,6 +313,9 @@ def test_a_file_that_is_not_there_and_a_folder_of_something_else(
         capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["study", "none.yaml"]) == 2
     assert "file=none.yaml is wrong: there is none" in capsys.readouterr().err
+    for arguments in ([], ["--dry_run", "my.yaml"]):
+        assert cli.main(["study", *arguments]) == 2
+        assert "no file of a study: give it first" in capsys.readouterr().err
     Path("other").mkdir()
     Path("other/thesis.tex").write_text("x")
     assert study("--out", "other") == 2
