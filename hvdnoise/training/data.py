@@ -31,7 +31,7 @@ from hvdnoise.training.sampler import WorkerSampler, steps_per_epoch, test_shard
 __all__ = ["DataConfig", "DataError", "DataSpec", "Datasets", "Loader", "WorkerSampler", "build",
            "prepare", "steps_per_epoch", "eval_loader", "test_shards", "train_loader"]
 
-Loader = DataLoader[tuple[Tensor, Tensor]]
+Loader = Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ def build(config: DataConfig, *, seed: int) -> Datasets:
     try:
         whole, num_classes = record.load(config, seed, "train")
         test, _ = record.load(config, seed, "test")
-    except (RuntimeError, OSError) as error:
+    except DataError:
+        raise
+    except (RuntimeError, OSError, ValueError, IndexError) as error:
         text = " ".join(str(error).split())
         raise DataError(f"cannot read {config.dataset} in {config.path} ({text}): call "
                         "hvdnoise.training.data.prepare first") from error
@@ -139,13 +141,25 @@ class _Batches(Dataset[tuple[Tensor, Tensor]]):
         return self._images.batch(indices, epoch)
 
 
+class _InProcess(Iterable[tuple[Tensor, Tensor]]):
+    """Batches as a DataLoader without processes gives them, at less cost."""
+
+    def __init__(self, batches: _Batches, keys: Iterable[Any]) -> None:
+        self._batches, self._keys = batches, keys
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return map(self._batches.__getitem__, self._keys)
+
+
 def _loader(images: Images, keys: Iterable[Any], workers: int, pin_memory: bool) -> Loader:
-    """A DataLoader over batches.
+    """A DataLoader over batches, or what does the same.
 
     Its processes are spawned. A fork would copy Horovod's and MPI's state without their threads
     (locks held for ever, registered memory and CUDA contexts gone wrong); a fork server would die
     of a SIGTERM that a scheduler sends to the whole process group, and its workers with it.
     """
+    if workers == 0 and not pin_memory:
+        return _InProcess(_Batches(images), keys)
     options: dict[str, Any] = {}
     if workers > 0:
         options = {"multiprocessing_context": "spawn", "persistent_workers": True,

@@ -123,12 +123,15 @@ class _Torchvision(ArrayRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Idx(_Torchvision):
+class _Idx(ArrayRecord):
     """MNIST and its kin: files in the IDX format, each in a .gz of its own.
+
+    They are read here: to import torchvision takes longer than to read them.
 
     Args:
         url: the folder of the archives.
-        files: for each unpacked file the SHA-256 of its content and of each known archive.
+        files: for each unpacked file the SHA-256 of its content and of each known archive; images
+            and labels of training, then of the test set.
     """
 
     folder: str
@@ -140,6 +143,16 @@ class _Idx(_Torchvision):
         folder = config.path / self.folder
         for name, (content, *archives) in self.files.items():
             fetch.unpack_gz(self.url + f"{name}.gz", archives, folder / name, content, config)
+
+    def arrays(self, config: DataConfig, seed: int, part: str) -> Arrays:
+        import numpy as np
+        found = []
+        for name in list(self.files)[0 if part == "train" else 2:][:2]:
+            content = np.fromfile(config.path / self.folder / name, dtype=np.uint8)
+            begin = 4 + 4 * int(content[3])  # the number of dimensions, and each one's size
+            found.append(content[begin:].reshape(content[4:begin].view(">u4")))
+        images, labels = found
+        return images[:, None], labels.astype(np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +232,7 @@ _FASHION_MNIST: dict[str, tuple[str, ...]] = {  # SHA-256 of content, Debian's .
 DATASETS: dict[str, DataRecord] = {record.name: record for record in (
     _Idx(name="fashion-mnist", mean=(0.2860,), std=(0.3530,), images=60_000, classes=10, side=28,
          padding=2, folder="FashionMNIST/raw", package="dataset-fashion-mnist",
-         kind="FashionMNIST", files=_FASHION_MNIST,
+         files=_FASHION_MNIST,
          url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"),
     _Cifar(name="cifar10", mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),
            images=50_000, classes=10, side=32, padding=4, folder="cifar-10-batches-py",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -164,8 +165,8 @@ def take_step(job: Job, batches: Iterator[tuple[Tensor, Tensor]], meter: Meter) 
 def _forward_and_backward(job: Job, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     """(3,): the sums of losses and of right answers, and the number of examples."""
     config = job.config
-    sums = torch.zeros(3, dtype=torch.float64, device=job.device)
-    precision = torch.float16 if config.precision == "fp16" else torch.bfloat16
+    loss_sum = right = torch.zeros((), dtype=torch.float64, device=job.device)
+    count = 0
     for worker, (images, labels) in zip(job.sampler.worker_ids, parts):
         # dropout and the like depend on step and worker alone, wherever the worker lives
         _seed(job.device, seed_for(config.seed, "worker", job.counters.step, worker))
@@ -174,19 +175,26 @@ def _forward_and_backward(job: Job, parts: list[tuple[Tensor, Tensor]]) -> Tenso
         for x, y in zip(images.chunk(config.accumulate), labels.chunk(config.accumulate)):
             seen = job.optimizer.observe_examples(job.model, partial(_losses, config), x, y)
             job.counters.gradient_evaluations += len(y) * job.world.size * (1 + seen)
-            with torch.autocast(job.device.type, precision, enabled=config.precision != "fp32"):
+            with _autocast(config, job.device):
                 logits = job.model(x)
             losses = _losses(config, logits, y)
             loss = job.optimizer.weigh(losses) / config.accumulate
             job.scaler.scale(loss).backward()
-            sums[0] += losses.detach().double().sum()
-            sums[1] += (logits.argmax(1) == y).sum()
-            sums[2] += len(y)
-    return sums
+            loss_sum = loss_sum + losses.detach().double().sum()
+            right = right + (logits.argmax(1) == y).sum()
+            count += len(y)
+    return torch.stack([loss_sum, right, torch.full_like(right, count)])
+
+
+def _autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
+    if config.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.float16 if config.precision == "fp16" else
+                          torch.bfloat16)
 
 
 def _seed(device: torch.device, seed: int) -> None:
-    """As torch.manual_seed, which takes 2 ms where there is no GPU, for the device in use alone."""
+    """As torch.manual_seed, but of the device in use alone: it is slow where there is no GPU."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)

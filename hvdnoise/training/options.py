@@ -45,7 +45,8 @@ def parse(kind: type[T], arguments: Sequence[str], *, program: str, positional: 
         found = _parser(kind, first, program, positional).parse_args(arguments)
         if first is not kind:  # noises may have options of one name and several types
             exact = _schema(kind, found)
-            found = _parser(kind, exact, program, positional).parse_args(arguments)
+            if _types(exact) != _types(first):
+                found = _parser(kind, exact, program, positional).parse_args(arguments)
         config = _build(kind, found)
     plugins.load(getattr(config, "plugins", ()))  # by an abbreviated flag
     return config
@@ -131,6 +132,12 @@ def _schema(kind: type, found: Any = None) -> type:
                         for name, group in groups], bases=(kind,), frozen=True)
     made.__doc__ = kind.__doc__
     return made
+
+
+def _types(kind: Any) -> dict[str, Any]:
+    """The types of the settings, of a group as a dict."""
+    return {name: _types(hint) if dataclasses.is_dataclass(hint) else hint
+            for name, hint in typing.get_type_hints(kind).items()}
 
 
 def _with_values(kind: type, arguments: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@
                              epochs) or "covariance" (`hvdnoise.spectrum`)
     RUN/tensorboard/         the same numbers as events
     RUN/summary.json         how the run ended, "outcome": "finished" or "diverged"; there is none
-                             before, and none of a run that crashed; see docs/architecture.md
+                             before, and none of a run that crashed; see docs/runs.md
     RUN/weights*.pt          state dicts: final, best accuracy (on the validation images, else on
                              the test images), moving average
     RUN/checkpoints/         see `hvdnoise.training.checkpoint`

@@ -16,10 +16,12 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torchvision import datasets as torchvision_datasets
 
 from hvdnoise.comm import World
@@ -27,6 +29,7 @@ from hvdnoise.training import data, fetch
 from hvdnoise.training.data import DataConfig, DataError
 from hvdnoise.training.datasets import DATASETS
 from hvdnoise.training.folder import FolderImages
+from hvdnoise.training.images import Images, Subset, noisy_labels
 from tests.fake_world import ThreadWorld, run_threads
 from tests.fashion import REAL
 from tests.folders import write_folders
@@ -128,6 +131,11 @@ def test_fashion_mnist_is_unpacked_and_read(tmp_path: Path, world: World,
     assert labels.tolist() == fashion["t10k-labels-idx1-ubyte"].tolist()
     assert len(data.build(fashion_config(tmp_path, limit=7), seed=0).train) == 7
     assert not list(tmp_path.rglob("*.part"))
+    file = tmp_path / "data/FashionMNIST/raw/t10k-labels-idx1-ubyte"
+    for short in (file.read_bytes()[:-1], b""):
+        file.write_bytes(short)
+        with pytest.raises(DataError, match="cannot read fashion-mnist in"):
+            data.build(config, seed=0)
 
 
 def test_a_damaged_unpacked_file_is_prepared_again(tmp_path: Path, world: World,
@@ -359,8 +367,6 @@ def test_image_folders_are_read(tmp_path: Path, world: World) -> None:
     images, labels = sets.train.batch(range(10), 0)
     assert images.shape == (10, 3, 16, 16) and images.dtype == torch.float32
     assert labels.tolist() == [0] * 4 + [1] * 3 + [2] * 3
-    few = data.build(folder_config(tmp_path, limit=3), seed=0).train
-    assert few.batch(range(3), None)[1].tolist() == [0, 0, 1]  # spread over the classes
     black = [i for i in range(4) if sets.train[i][0].size == (30, 30)]
     images, _ = sets.train.batch(black, None)
     expected = -torch.tensor([0.485, 0.456, 0.406]) / torch.tensor([0.229, 0.224, 0.225])
@@ -428,6 +434,102 @@ def test_a_broken_image_names_its_file(tmp_path: Path) -> None:
             sets.train.batch([4], None)
 
 
+# ---- which images are used, and with which labels ----
+
+@pytest.fixture(params=["synthetic", "imagefolder"])
+def settings(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    """Of a data set of 10 training images, in memory or in files."""
+    if request.param == "synthetic":
+        return {"dataset": "synthetic", "num_examples": 10, "image_size": 8, "num_classes": 3}
+    write_folders(tmp_path)
+    return {"dataset": "imagefolder", "root": str(tmp_path), "image_size": 16}
+
+
+def indices(images: Images | None) -> list[int]:
+    assert isinstance(images, Subset)
+    return images.indices.tolist()
+
+
+def test_images_are_held_out_and_left_out_by_the_seed(settings: dict[str, Any]) -> None:
+    whole = data.build(DataConfig(**settings), seed=0)
+    assert whole.validation is None and not isinstance(whole.train, Subset)
+    sets = data.build(DataConfig(**settings, validation=4), seed=0)
+    assert sorted(indices(sets.train) + indices(sets.validation)) == list(range(10))
+    assert (sets.spec.num_train, sets.spec.num_validation) == (6, 4)
+    assert sets.spec.num_test == len(sets.test) == len(whole.test)
+    few = data.build(DataConfig(**settings, validation=4, limit=3), seed=0)
+    fewer = data.build(DataConfig(**settings, validation=4, limit=2), seed=0)
+    assert indices(few.validation) == indices(sets.validation)
+    assert set(indices(fewer.train)) < set(indices(few.train)) < set(indices(sets.train))
+    many = data.build(DataConfig(**settings, validation=4, limit=60), seed=0)
+    assert indices(many.train) == indices(sets.train)
+    seeds = [data.build(DataConfig(**settings, validation=4, limit=3), seed=seed)
+             for seed in range(5)]
+    assert len({tuple(indices(each.validation)) for each in seeds}) > 2
+    assert len({tuple(indices(each.train)) for each in seeds}) > 2
+    for part in (few.train, few.validation):
+        assert part is not None
+        for epoch in (None, 3):  # an image is augmented as it would be in the whole set
+            images, labels = part.batch(range(len(part)), epoch)
+            expected, its_labels = whole.train.batch(indices(part), epoch)
+            assert torch.equal(images, expected) and torch.equal(labels, its_labels)
+        assert part[1][1] == whole.train[indices(part)[1]][1]
+
+
+def test_label_noise_is_in_training_labels_alone(settings: dict[str, Any]) -> None:
+    clean = data.build(DataConfig(**settings, validation=4), seed=2)
+    noisy = data.build(DataConfig(**settings, validation=4, label_noise=0.5), seed=2)
+    assert indices(noisy.train) == indices(clean.train)
+    assert noisy.validation is not None and clean.validation is not None
+    for part, share in ((0, 3), (1, 0), (2, 0)):
+        before, after = ((sets.train, sets.validation, sets.test)[part] for sets in (clean, noisy))
+        assert before is not None and after is not None
+        labels = after.batch(range(len(after)), 1 if part == 0 else None)[1]
+        assert labels.tolist() == after.labels.tolist() == [
+            after[place][1] for place in range(len(after))]
+        assert int((torch.from_numpy(before.labels) != labels).sum()) == share
+    alone = data.build(DataConfig(**settings, label_noise=0.31), seed=2)
+    assert int((alone.train.labels != data.build(DataConfig(**settings), seed=2).train.labels
+                ).sum()) == 3
+
+
+def test_a_wrong_label_is_any_other_class_alike() -> None:
+    labels = np.repeat(np.arange(5), 20_000)
+    noisy = noisy_labels(labels, 0.3, 5, seed=1)
+    counts = np.array([[np.sum(noisy[labels == a] == b) for b in range(5)] for a in range(5)])
+    wrong = counts[~np.eye(5, dtype=bool)]
+    assert wrong.sum() == 30_000
+    expected = 30_000 / 20  # of each pair of classes; 19 degrees of freedom
+    assert ((wrong - expected) ** 2 / expected).sum() < stats.chi2.ppf(1 - 1e-6, 19)
+    assert not np.array_equal(noisy, noisy_labels(labels, 0.3, 5, seed=2))
+    assert noisy_labels(labels[:7], 0.0, 5, seed=1).tolist() == labels[:7].tolist()
+
+
+def test_ranks_and_virtual_workers_get_the_same_examples_of_a_subset() -> None:
+    config = DataConfig("synthetic", num_examples=40, image_size=8, validation=7, limit=27,
+                        label_noise=0.2)
+
+    def batches(ranks: int, virtual: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        found = {}
+        for rank in range(ranks):
+            sets = data.build(config, seed=3)
+            sampler = data.WorkerSampler(len(sets.train), num_workers=4, batch_size=2, seed=3,
+                                         worker_ids=range(rank * virtual, (rank + 1) * virtual))
+            for number, batch in enumerate(data.train_loader(sets, sampler)):
+                found[number // virtual, rank * virtual + number % virtual] = batch
+        return [found[key] for key in sorted(found)]
+    alone = batches(1, 4)
+    assert len(alone) == 3 * 4
+    for other in (batches(2, 2), batches(4, 1)):
+        assert all(torch.equal(a, b) for one, two in zip(alone, other, strict=True)
+                   for a, b in zip(one, two))
+
+
+def test_too_few_images_are_one_line() -> None:
+    with pytest.raises(DataError, match="data.validation=10 leaves none of the 10 training images"):
+        data.build(DataConfig("synthetic", num_examples=10, image_size=8, validation=10), seed=0)
+
+
 # ---- settings ----
 
 def test_wrong_settings_are_one_line() -> None:
@@ -436,6 +538,10 @@ def test_wrong_settings_are_one_line() -> None:
             ({"batch_size": 0}, "data.batch_size=0 is too small: give 1 or more"),
             ({"dataset": "cifar10", "image_size": 64}, "data.image_size=64 does not go with cifar"),
             ({"limit": 0}, "data.limit=0 is too small"),
+            ({"validation": -1}, "data.validation=-1 is too small: give 0 or more"),
+            ({"repeat": 0}, "data.repeat=0 is too small: give 1 or more"),
+            ({"label_noise": 1.0}, "data.label_noise=1.0 is wrong: give 0 <= share < 1"),
+            ({"label_noise": -0.1}, "data.label_noise=-0.1 is wrong"),
             ({"loader_workers": -1}, "data.loader_workers=-1 is too small: give 0 or more")):
         with pytest.raises(DataError, match=text):
             DataConfig(**options)

@@ -96,7 +96,7 @@ def test_groups_have_four_channels_until_there_are_32() -> None:
 
 
 @pytest.mark.parametrize("name, norm, text", [
-    ("mlp", "group", "norm=group does nothing in model 'mlp': leave it out, or choose one of small"),
+    ("mlp", "group", "norm=group does nothing in model 'mlp': leave it out, or choose one of sm"),
     ("resnet18", "batch", "norm=batch does nothing in model 'resnet18'"),
     ("resnet20", "layer", "norm='layer' is unknown: choose one of auto, batch, group")])
 def test_a_norm_that_does_nothing_is_refused(name: str, norm: str, text: str) -> None:

@@ -12,13 +12,14 @@ from hvdnoise.training.sampler import WorkerSampler
 
 
 def of_ranks(size: int, virtual: int, *, examples: int = 103, batch: int = 3, epoch: int = 2,
-             start_step: int = 0, seed: int = 5) -> dict[tuple[int, int], list[int]]:
+             start_step: int = 0, seed: int = 5, repeat: int = 1
+             ) -> dict[tuple[int, int], list[int]]:
     """(step, worker) -> indices, gathered from the samplers of all ranks."""
     shards = {}
     for rank in range(size):
         own = list(range(rank * virtual, (rank + 1) * virtual))
         sampler = WorkerSampler(examples, num_workers=size * virtual, worker_ids=own,
-                                batch_size=batch, seed=seed)
+                                batch_size=batch, seed=seed, repeat=repeat)
         sampler.set_epoch(epoch, start_step)
         batches = list(sampler)
         assert len(batches) == len(sampler)
@@ -61,6 +62,26 @@ def test_a_resumed_epoch_goes_on_as_it_would_have() -> None:
     for start in (0, 1, 5, 8):
         rest = {key: indices for key, indices in whole.items() if key[0] >= start}
         assert of_ranks(2, 2, start_step=start) == rest
+
+
+def test_repeated_batches_come_in_a_row() -> None:
+    once, thrice = of_ranks(2, 2), of_ranks(2, 2, repeat=3)
+    assert len(thrice) == 3 * len(once)
+    assert all(indices == once[step // 3, worker] for (step, worker), indices in thrice.items())
+    for start in (0, 1, 4, 24):  # also in the middle of the repetitions of one batch
+        rest = {key: indices for key, indices in thrice.items() if key[0] >= start}
+        assert of_ranks(2, 2, start_step=start, repeat=3) == rest
+    sampler = WorkerSampler(103, num_workers=4, worker_ids=[0], batch_size=3, seed=5, repeat=3)
+    per_epoch = sampler.steps_per_epoch
+    assert per_epoch == 24
+    batches = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        batches += list(sampler)
+    for step, batch in enumerate(batches):  # of the whole run
+        again = sampler.repetition(step)
+        assert (step > 0 and batches[step - 1] == batch) == bool(again)
+        assert batches[step - again] == batch and again < 3
 
 
 def test_places_that_are_none_are_refused() -> None:
