@@ -1,4 +1,5 @@
-"""hvdnoise train | eval | measure | plan | bench | quadratic | doctor: parse, build, run, close.
+"""hvdnoise train | eval | measure | study | plan | bench | quadratic | doctor: parse, build, run,
+close.
 
 Settings are parsed and checked before Horovod starts, so that a mistake costs nothing and leaves
 nothing behind. Exit codes: 0 done; 2 bad input, one line on stderr; 75 preempted by SIGTERM and
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 from dataclasses import dataclass
 from typing import Any, Callable, Literal, Sequence, TypeVar
@@ -22,6 +24,7 @@ T = TypeVar("T")
 _USAGE = """usage: hvdnoise train [--config YAML] [--FLAG VALUE ...]   train a network
        hvdnoise eval RUN [--FLAG VALUE ...]                score the weights of a run
        hvdnoise measure RUN [--FLAG VALUE ...]             sharpness of a run's weights
+       hvdnoise study FILE.yaml [--FLAG VALUE ...]         compare methods: tune, run, table
        hvdnoise plan [--config YAML] [--FLAG VALUE ...]    say what a run costs; launch lines
        hvdnoise bench [--FLAG VALUE ...]                   time ways to average gradients
        hvdnoise quadratic [--FLAG VALUE ...]               check the noises against exact theory
@@ -73,15 +76,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     launched = comm.environment()
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     commands: dict[str, Callable[[Sequence[str], dict[str, int]], int]] = {
-        "train": _train, "eval": _eval, "measure": _measure, "plan": _plan, "bench": _bench,
-        "quadratic": _quadratic, "doctor": _doctor}
+        "train": _train, "eval": _eval, "measure": _measure, "study": _study,
+        "plan": _plan, "bench": _bench, "quadratic": _quadratic, "doctor": _doctor}
     if command in ("--help", "-h", "help"):
         print(_USAGE)
         return 0
     try:
         if command not in commands:
-            raise ConfigError(f"unknown command {command!r}: give train, eval, measure, plan, "
-                              "bench, quadratic or doctor; see hvdnoise --help")
+            raise ConfigError(f"unknown command {command!r}: give train, eval, measure, study, "
+                              "plan, bench, quadratic or doctor; see hvdnoise --help")
         return commands[command](rest, launched)
     except ConfigError as error:
         return process.refuse(str(error), launched)
@@ -137,6 +140,14 @@ def _measure(arguments: Sequence[str], launched: dict[str, int]) -> int:
     facts = {key: value for key, value in flatten(config).items() if key not in FREE}
     return _in_world(launched, {**facts, "weights": str(weights)}, lambda world: run(
         config, trained, weights, world, process.pick_device(config.device, world)))
+
+
+def _study(arguments: Sequence[str], launched: dict[str, int]) -> int:
+    from hvdnoise.study.run import run
+    if launched["size"] > 1 and "SLURM_STEP_ID" not in os.environ or launched["rank"] > 0:
+        raise ConfigError(f"hvdnoise study starts ranks by itself, and here are {launched['size']}"
+                          " of it: start it without a launcher")
+    return run(arguments)
 
 
 def _plan(arguments: Sequence[str], launched: dict[str, int]) -> int:

@@ -142,7 +142,7 @@ class _Batches(Dataset[tuple[Tensor, Tensor]]):
 
 
 class _InProcess(Iterable[tuple[Tensor, Tensor]]):
-    """Batches as a DataLoader without processes gives them, at half its cost for small ones."""
+    """Batches as a DataLoader without processes gives them, at less cost."""
 
     def __init__(self, batches: _Batches, keys: Iterable[Any]) -> None:
         self._batches, self._keys = batches, keys

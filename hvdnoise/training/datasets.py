@@ -126,7 +126,7 @@ class _Torchvision(ArrayRecord):
 class _Idx(ArrayRecord):
     """MNIST and its kin: files in the IDX format, each in a .gz of its own.
 
-    They are read here, because to import torchvision takes as long as all else that reads them.
+    They are read here: to import torchvision takes longer than to read them.
 
     Args:
         url: the folder of the archives.

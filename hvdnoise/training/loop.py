@@ -206,7 +206,7 @@ def _autocast(config: TrainConfig, device: torch.device) -> AbstractContextManag
 
 
 def _seed(device: torch.device, seed: int) -> None:
-    """As torch.manual_seed, which takes 2 ms where there is no GPU, for the device in use alone."""
+    """As torch.manual_seed, but of the device in use alone: it is slow where there is no GPU."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)

@@ -34,12 +34,14 @@ def start_terminal(rank: int) -> None:
 class Progress:
     """How far the run is: a bar with ETA, plain lines, or nothing (``style``)."""
 
-    def __init__(self, style: str, *, rank: int, total: int, done: int) -> None:
+    def __init__(self, style: str, *, rank: int, total: int, done: int, unit: str = "step"
+                 ) -> None:
         if style == "auto":
             style = "bar" if sys.stderr.isatty() else "lines"
+        self._unit = unit
         self.total, self._done, self._started, self._first = total, done, time.monotonic(), done
         self._lines = rank == 0 and style == "lines"
-        self._bar = tqdm(total=total, initial=done, unit="step", mininterval=0.5,
+        self._bar = tqdm(total=total, initial=done, unit=unit, mininterval=0.5,
                          dynamic_ncols=True) if rank == 0 and style == "bar" else None
 
     def step(self) -> None:
@@ -53,8 +55,8 @@ class Progress:
             self._bar.set_postfix_str(text)
         elif self._lines:
             filled = 20 * self._done // max(self.total, 1)
-            log.info("[%s%s] step %d/%d  %s  %s left", "#" * filled, "." * (20 - filled),
-                     self._done, self.total, text, self._left())
+            log.info("[%s%s] %s %d/%d  %s  %s left", "#" * filled, "." * (20 - filled),
+                     self._unit, self._done, self.total, text, self._left())
 
     def _left(self) -> str:
         spent, made = time.monotonic() - self._started, self._done - self._first

@@ -10,7 +10,7 @@ from typing import Iterator
 
 import pytest
 
-from tests.integration.running import TINY, finished, hvdnoise, steps_logged
+from tests.integration.running import HVDNOISE, TINY, finished, hvdnoise, steps_logged
 from tests.launcher import ROOT
 from tests.slurm import Slurm, told, why_not
 
@@ -21,6 +21,16 @@ TASKS = ("--nodes=2", "--ntasks=2")
 HOME = {"HVDNOISE_HOME": str(ROOT), "OMPI_MCA_odls_base_sigkill_timeout": "2"}
 SOON = HOME | {"OMPI_MCA_odls_base_sigkill_timeout": "1"}
 STEPS = 96  # some seconds on a fast machine: it is not over before it is preempted
+STUDY = """
+settings: {data: {dataset: synthetic, num_examples: 192, image_size: 8}, model: resnet20,
+           epochs: 4, log_every: 1, spectrum_every: 0, checkpoint: {every_steps: 2}}
+batches: [16]
+virtual_workers: 2
+seeds: 1
+baseline: plain
+search: {optim.lr: [0.05]}
+methods: {plain: {}, gnc: {settings: {noise: {kind: gnc, source: own, radius: 0.05}}}}
+"""
 COMMAND = """\
 sbatch --nodes=2 --ntasks-per-node=1 --time=8:00:00 launch/slurm.sbatch -- \\
     --config my.yaml --run_dir runs/first
@@ -170,3 +180,24 @@ def test_outside_of_slurm_it_says_how_to_submit() -> None:
                            timeout=30, env={"PATH": "/usr/bin:/bin"})
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1
     assert "sbatch launch/slurm.sbatch --" in ended.stderr
+
+
+def test_a_study_gives_each_run_a_task(slurm: Slurm, folder: Path) -> None:
+    """Killed in the middle it leaves no task behind, and a second job goes on."""
+    (folder / "study.yaml").write_text(STUDY)
+    options = ("--nodes=2", "--ntasks=2", "--output=out.txt", "--open-mode=append",
+               f"--wrap=exec {HVDNOISE} study study.yaml")
+    runs, output = folder / "studies" / "study" / "runs", folder / "out.txt"
+    job = slurm.submit(*options, cwd=folder, **HOME)
+    at_step(runs / "plain" / "b16" / "final-seed-1", 3, output)
+    at_step(runs / "gnc" / "b16" / "final-seed-1", 3, output)  # both at once
+    study = int((folder / "studies/study/.lock").read_text().split()[0])
+    assert slurm.run("kill", "-KILL", str(study)).returncode == 0
+    slurm.wait_for(job, "FAILED")
+    assert slurm.run("squeue", "--noheader", "--steps").stdout == "", told(output)
+    again = slurm.submit(*options, cwd=folder, **HOME)
+    slurm.wait_for(again, "COMPLETED")
+    found = json.loads((folder / "studies/study/results.json").read_text())
+    assert found["state"] == "complete" and found["runs"]["finished"] == 2, told(output)
+    hosts = [json.loads(path.read_text())["hosts"] for path in runs.glob("*/*/*/environment.json")]
+    assert sorted(hosts) == [["node1"], ["node2"]]
