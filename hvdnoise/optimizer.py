@@ -436,8 +436,7 @@ def DistributedOptimizer(
     check_displaces(noise, [p.shape for p in parameters])
     if getattr(compression, "__name__", None) == "NoneCompressor":
         compression = None
-    numbers = sum(p.numel() for p in parameters)
-    shape = Shape(numbers, max(1, world.size), virtual_workers,
+    shape = Shape(sum(p.numel() for p in parameters), max(1, world.size), virtual_workers,
                   max((p.dtype.itemsize for p in parameters), default=4), noise_precision)
     mixes = noise is not None and noise.mixes
     choice = choose(exchange, shape, mixes=mixes, local_size=world.local_size,
