@@ -37,6 +37,7 @@ from hvdnoise.noise.base import (
     Noise,
     WeightNoise,
     check_count,
+    check_displaces,
     check_noise,
     part,
 )
@@ -435,15 +436,10 @@ def DistributedOptimizer(
     names = named(optimizer, named_parameters)
     world = world or comm.HorovodWorld(process_set)
     check_noise(noise, world.size * virtual_workers)
-    weights = part(noise, WeightNoise)
-    if weights is not None and parameters and not any(
-            weights.displaces(p.shape) for p in parameters):
-        raise ValueError(f"{type(weights).__name__} would displace none of the parameters, which "
-                         f"have shapes such as {tuple(parameters[0].shape)}: give scope=\"all\"")
+    check_displaces(noise, [p.shape for p in parameters])
     if getattr(compression, "__name__", None) == "NoneCompressor":
         compression = None
-    numbers = sum(p.numel() for p in parameters)
-    shape = Shape(numbers, max(1, world.size), virtual_workers,
+    shape = Shape(sum(p.numel() for p in parameters), max(1, world.size), virtual_workers,
                   max((p.dtype.itemsize for p in parameters), default=4), noise_precision)
     mixes = noise is not None and noise.mixes
     choice = choose(exchange, shape, mixes=mixes, local_size=world.local_size,
@@ -454,7 +450,7 @@ def DistributedOptimizer(
                       gradient_predivide_factor=gradient_predivide_factor,
                       keep_rows=noise is not None and (
                           noise.needs_deviations or noise.sees_examples
-                          or weights is not None
+                          or part(noise, WeightNoise) is not None
                           or part(noise, MeanObservingNoise) is not None),
                       lag=max(1, noise.lag) if noise is not None else 1, plan=choice.plan,
                       precision=noise_precision,

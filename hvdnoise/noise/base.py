@@ -438,6 +438,14 @@ def check_noise(noise: object, num_workers: int = 0) -> None:
                          "ranks, or pass virtual_workers=2 or more and as many backward passes")
 
 
+def check_displaces(noise: Noise | None, shapes: Sequence[Sequence[int]]) -> None:
+    """Refuse a noise on the weights that leaves out all parameters, which have these shapes."""
+    weights = part(noise, WeightNoise)
+    if weights is not None and shapes and not any(map(weights.displaces, shapes)):
+        raise ValueError(f"{type(weights).__name__} would displace none of the parameters, which "
+                         f"have shapes such as {tuple(shapes[0])}: give scope=\"all\"")
+
+
 def check_returned(noise: Noise, call: str, value: Any, shape: tuple[int, ...]) -> None:
     """Refuse what a noise returned, if it is not of this shape.
 
