@@ -1,4 +1,4 @@
-"""hvdnoise train | eval | measure | plan | bench | quadratic | doctor: parse, build, run, close.
+"""hvdnoise train | eval | measure | report | plan | bench | quadratic | doctor: parse, build, run.
 
 Settings are parsed and checked before Horovod starts, so that a mistake costs nothing and leaves
 nothing behind. Exit codes: 0 done; 2 bad input, one line on stderr; 75 preempted by SIGTERM and
@@ -22,6 +22,7 @@ T = TypeVar("T")
 _USAGE = """usage: hvdnoise train [--config YAML] [--FLAG VALUE ...]   train a network
        hvdnoise eval RUN [--FLAG VALUE ...]                score the weights of a run
        hvdnoise measure RUN [--FLAG VALUE ...]             sharpness of a run's weights
+       hvdnoise report RUN_OR_STUDY... [--out FOLDER]      a page of what they recorded
        hvdnoise plan [--config YAML] [--FLAG VALUE ...]    say what a run costs; launch lines
        hvdnoise bench [--FLAG VALUE ...]                   time ways to average gradients
        hvdnoise quadratic [--FLAG VALUE ...]               check the noises against exact theory
@@ -73,15 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     launched = comm.environment()
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     commands: dict[str, Callable[[Sequence[str], dict[str, int]], int]] = {
-        "train": _train, "eval": _eval, "measure": _measure, "plan": _plan, "bench": _bench,
-        "quadratic": _quadratic, "doctor": _doctor}
+        "train": _train, "eval": _eval, "measure": _measure, "report": _report, "plan": _plan,
+        "bench": _bench, "quadratic": _quadratic, "doctor": _doctor}
     if command in ("--help", "-h", "help"):
         print(_USAGE)
         return 0
     try:
         if command not in commands:
-            raise ConfigError(f"unknown command {command!r}: give train, eval, measure, plan, "
-                              "bench, quadratic or doctor; see hvdnoise --help")
+            raise ConfigError(f"unknown command {command!r}: give train, eval, measure, report, "
+                              "plan, bench, quadratic or doctor; see hvdnoise --help")
         return commands[command](rest, launched)
     except ConfigError as error:
         return process.refuse(str(error), launched)
@@ -137,6 +138,17 @@ def _measure(arguments: Sequence[str], launched: dict[str, int]) -> int:
     facts = {key: value for key, value in flatten(config).items() if key not in FREE}
     return _in_world(launched, {**facts, "weights": str(weights)}, lambda world: run(
         config, trained, weights, world, process.pick_device(config.device, world)))
+
+
+def _report(arguments: Sequence[str], launched: dict[str, int]) -> int:
+    from hvdnoise.report.config import ReportConfig, validate
+    config = _parse(ReportConfig, arguments, launched, program="hvdnoise report",
+                    positional="folders")
+    if launched["rank"] > 0:  # one process reports
+        return 0
+    validate(config)
+    from hvdnoise.report.run import run
+    return run(config)
 
 
 def _plan(arguments: Sequence[str], launched: dict[str, int]) -> int:

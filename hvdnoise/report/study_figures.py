@@ -1,0 +1,273 @@
+"""The figures of a study. Means, errors and intervals of scores are those of results.json."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+from hvdnoise.report.charts import (
+    EPOCH,
+    STEP,
+    Cloud,
+    Curve,
+    Point,
+    Quantity,
+    Row,
+    accuracy,
+    clouds,
+    curves,
+    points,
+    rows,
+)
+from hvdnoise.report.drawing import Style, style
+from hvdnoise.report.numbers import mean_and_error, mean_curve, number
+from hvdnoise.report.parts import Graphic
+from hvdnoise.report.reading import Run, Study, read_run
+
+Entry = dict[str, Any]
+TOGETHER = 15  # series in a figure
+COSTS = {"gradient_evaluations": Quantity("Gradient evaluations of a run (examples × passes)",
+                                          unit="", log=True),
+         "seconds": Quantity("Training time of a run (s)", log=True),
+         "exchange_bytes": Quantity("Received by each rank in a run (bytes)", unit="B", log=True)}
+_COST_NAMES = {"gradient_evaluations": "gradient evaluations", "seconds": "time",
+               "exchange_bytes": "bytes exchanged"}
+
+
+def score_of(study: Study) -> Quantity:
+    """What the study's score is, as an axis."""
+    name = str(study.results.get("score", "test_accuracy"))
+    words = name.replace("_", " ").capitalize()
+    return accuracy(words.rpartition(" ")[0]) if words.endswith(" accuracy") else Quantity(words)
+
+
+def label(study: Study, entry: Entry) -> str:
+    """The method's, with the batch where the study has several."""
+    name = " ".join(str(entry.get("label") or entry.get("method") or "unnamed").split())
+    return f"{name}, batch {entry.get('batch')}" if len(batches(study)) > 1 else name
+
+
+def batches(study: Study) -> list[Any]:
+    """The batches of a study, in order."""
+    return sorted({number(entry.get("batch")) for entry in study.entries}, key=lambda b: (b != b, b))
+
+
+def look(study: Study, entry: Entry) -> Style:
+    """A colour for the method, black for the baseline; the marker tells batches apart too."""
+    baseline = study.results.get("baseline")
+    methods = list(dict.fromkeys(str(each.get("method")) for each in study.entries))
+    others = [method for method in methods if method != baseline]
+    method = str(entry.get("method"))
+    colour = 0 if method == baseline else 1 + others.index(method)
+    place = batches(study).index(number(entry.get("batch")))
+    return style(colour, colour + place * (len(others) + 1))
+
+
+def finals(entry: Entry, outcome: str = "finished") -> list[dict[str, Any]]:
+    """The final runs that ended so."""
+    found = entry.get("finals")
+    return [each for each in found if isinstance(each, dict) and each.get("outcome") == outcome] \
+        if isinstance(found, list) else []
+
+
+def final_values(entry: Entry, key: str) -> list[float]:
+    """A number of each finished final."""
+    return [number(each.get(key)) for each in finals(entry)]
+
+
+@lru_cache(maxsize=2048)
+def _run(path: Path) -> Run:
+    return read_run(path, path.name)
+
+
+def runs(study: Study, entry: Entry) -> list[Run]:
+    """The finished finals' own records."""
+    return [_run(study.folder / str(each.get("run"))) for each in finals(entry)]
+
+
+def groups(study: Study) -> list[tuple[str, str, list[Entry]]]:
+    """Entries that share a figure: (suffix of the key, words for the title, entries).
+
+    All of them where they are few, otherwise each batch for itself, and at most `TOGETHER`.
+    """
+    if len(study.entries) <= TOGETHER:
+        return [("", "", study.entries)]
+    made = []
+    for batch in batches(study):
+        same = [entry for entry in study.entries
+                if repr(number(entry.get("batch"))) == repr(batch)]
+        for start in range(0, len(same), TOGETHER):
+            part = f", part {start // TOGETHER + 1}" if len(same) > TOGETHER else ""
+            words = f", batch {batch:g}{part}" if len(batches(study)) > 1 else part
+            made.append((f"-b{batch:g}-{start // TOGETHER + 1}", words,
+                         same[start:start + TOGETHER]))
+    return made
+
+
+def cost(study: Study, entries: Sequence[Entry], key: str, name: str, words: str = ""
+         ) -> Graphic | str:
+    """The score against a cost of the runs."""
+    found = []
+    for entry in entries:
+        x, x_error, _ = mean_and_error(final_values(entry, key))
+        found.append(Point(label(study, entry), look(study, entry), x, number(entry.get("mean")),
+                           x_error, number(entry.get("error"))))
+    title = f"{_headline(study)} against {_COST_NAMES[key]}{words}"
+    caption = ("Each marker is the mean over the final seeds, each bar one standard error to both "
+               "sides. Higher and further left is better.")
+    return points(study.prefix + name, title, caption, found, x=COSTS[key], y=score_of(study))
+
+
+def _headline(study: Study) -> str:
+    return str(study.results.get("score", "test_accuracy")).replace("_", " ").capitalize()
+
+
+def differences(study: Study) -> Graphic | str:
+    """The paired differences from the baseline with their intervals."""
+    found = []
+    for entry in study.entries:
+        against = entry.get("versus_baseline")
+        if isinstance(against, dict):
+            found.append(Row(label(study, entry), look(study, entry).colour,
+                             number(against.get("difference")), number(against.get("low")),
+                             number(against.get("high"))))
+    score = score_of(study)
+    unit = "percentage points" if score.scale == 100 else score.label
+    if not found:
+        return "Differences from the baseline: none is computed yet."
+    return rows(study.prefix + "differences", "Difference from the baseline",
+                "Mean of the differences of runs with the same seed, with its 95% confidence "
+                "interval (no interval with one seed). An interval that reaches over 0 shows no "
+                "difference. The intervals are not corrected for their number; p after Holm is.",
+                found, x=Quantity(f"Difference ({unit})", score.scale), zero=True)
+
+
+def batch_sizes(study: Study) -> Graphic | str:
+    """The score against the batch, a line for each method."""
+    sizes = [size for size in batches(study) if math.isfinite(size)]
+    if len(sizes) < 2:
+        return "Accuracy against batch size: the study has one batch size."
+    first = {str(entry.get("method")): entry for entry in reversed(study.entries)}
+    found = [Point(str(entry.get("label") or entry.get("method")),
+                   look(study, first[str(entry.get("method"))]), number(entry.get("batch")),
+                   number(entry.get("mean")), math.nan, number(entry.get("error")))
+             for entry in study.entries]
+    return points(study.prefix + "batch-size", f"{_headline(study)} against batch size",
+                  "Mean over the final seeds, with one standard error to both sides.", found,
+                  x=Quantity("Examples per step, all workers (batch)", log=True), y=score_of(study),
+                  joined=True, ticks=sizes)
+
+
+def gap(study: Study) -> Graphic | str:
+    """Training minus test accuracy of the finals that have both."""
+    found = []
+    for entry in study.entries:
+        both = [train - test for train, test in zip(final_values(entry, "train_accuracy"),
+                                                    final_values(entry, "test_accuracy"))]
+        mean, error, _ = mean_and_error(both)
+        found.append(Row(label(study, entry), look(study, entry).colour, mean, mean - error,
+                         mean + error))
+    made = rows(study.prefix + "gap", "Generalization gap", "Training accuracy minus test accuracy of the final "
+                "weights; mean over the finished final runs, with one standard error to both "
+                "sides.", found, x=Quantity("Gap (percentage points)", 100))
+    return "Generalization gap: no run has a training accuracy (setting score_train)." \
+        if isinstance(made, str) else made
+
+
+def learning_curves(study: Study, entries: Sequence[Entry], suffix: str, words: str
+                    ) -> list[Graphic | str]:
+    """Accuracy and loss during training, and the training loss."""
+    scored = {run.scored for entry in entries for run in runs(study, entry)}
+    of = "validation" if "validation" in scored else "test"
+    wanted = [(of, f"{of}_accuracy", accuracy(of.capitalize()), "accuracy"),
+              (of, f"{of}_loss", Quantity(f"{of.capitalize()} loss (cross-entropy)", log=True),
+               "loss"),
+              ("train", "loss", Quantity("Training loss (cross-entropy)", log=True), "train-loss")]
+    return [over_runs(study, entries, f"curve-{name}{suffix}", f"{quantity.label} by epoch{words}"
+                      .replace(" (%)", "").replace(" (cross-entropy)", ""), kind, key,
+                      y=quantity, x=EPOCH) for kind, key, quantity, name in wanted]
+
+
+def over_runs(study: Study, entries: Sequence[Entry], key: str, title: str, kind: str, value: str,
+              *, x: Quantity, y: Quantity) -> Graphic | str:
+    """A number of the metrics during training, its mean and error over the finished finals."""
+    found = []
+    place = "epoch" if x is EPOCH else "step"
+    for entry in entries:
+        each = [tuple(run.values(kind, place, value)) for run in runs(study, entry)]
+        at, mean, error = mean_curve(each)
+        found.append(Curve(label(study, entry), look(study, entry), at, mean, error))
+    return curves(study.prefix + key, title, "Mean over the finished final runs; the band is one standard error "
+                  "to both sides (none for a single run). Diverged and failed runs are not in it.",
+                  found, x=x, y=y)
+
+
+def sensitivity(study: Study) -> list[Graphic | str]:
+    """The trials' validation accuracy against each setting that was searched."""
+    names = list(dict.fromkeys(name for entry in study.entries for name in entry.get("search") or {}))
+    made: list[Graphic | str] = []
+    for name in names:
+        found = [cloud for entry in study.entries if (cloud := _cloud(study, entry, name))]
+        made += clouds(study.prefix + f"sensitivity-{name}".replace(".", "-"), f"Validation accuracy against {name}",
+                       "Each marker is a trial of the search; the other searched settings differ "
+                       "between trials, too. The dashed line is the value that was chosen. A cross "
+                       "at the bottom is a trial without a score (diverged or failed).",
+                       found, x=name, y=accuracy("Validation"))
+    return made or ["Sensitivity: no setting was searched."]
+
+
+def _cloud(study: Study, entry: Entry, name: str) -> Cloud | None:
+    search = (entry.get("search") or {}).get(name)
+    tried = [(each["settings"][name], number(each.get("validation_accuracy")))
+             for each in entry.get("trials") or [] if name in (each.get("settings") or {})
+             and each.get("outcome") != "missing"]
+    if search is None or not tried:
+        return None
+    chosen = (entry.get("chosen") or {}).get(name)
+    log = not isinstance(search, dict) or bool(search.get("log"))
+    return Cloud(label(study, entry), [place for place, _ in tried], [score for _, score in tried],
+                 [] if chosen is None else [chosen], log)
+
+
+NOISE = (("covariance", "trace", "Trace of the gradient's covariance", STEP, True),
+         ("covariance", "eigenvalue_1", "Largest eigenvalue of the gradient's covariance", STEP,
+          True),
+         ("covariance", "stable_rank", "Stable rank of the covariance (trace / largest)", STEP,
+          False),
+         ("train", "gradient_noise_scale", "Gradient noise scale (examples)", EPOCH, True),
+         ("train", "noise_rms", "Size of the noise, root mean square norm", EPOCH, True))
+
+
+def noise(study: Study, entries: Sequence[Entry], suffix: str, words: str) -> list[Graphic | str]:
+    """Spectra and scales of the noise during training."""
+    return [over_runs(study, entries, f"noise-{value.replace('_', '-')}{suffix}",
+                      f"{name.partition(',')[0].partition(' (')[0]} by "
+                      f"{'step' if x is STEP else 'epoch'}{words}", kind, value, x=x,
+                      y=Quantity(name, log=log)) for kind, value, name, x, log in NOISE]
+
+
+SHARPNESS: tuple[tuple[str, str, Callable[[dict[str, Any]], Any]], ...] = (
+    ("eigenvalue", "Largest eigenvalue of the Hessian",
+     lambda hessian: (hessian.get("eigenvalues") or [None])[0]),
+    ("trace", "Trace of the Hessian", lambda hessian: hessian.get("trace")))
+
+
+def sharpness(study: Study) -> list[Graphic | str]:
+    """Of the finals that `hvdnoise measure` has seen."""
+    made: list[Graphic | str] = []
+    for key, title, value in SHARPNESS:
+        found = []
+        for entry in study.entries:
+            mean, error, _ = mean_and_error([
+                number(value(measured.get("hessian") or {})) for run in runs(study, entry)
+                for measured in list(run.measurements.values())[:1]])
+            found.append(Row(label(study, entry), look(study, entry).colour, mean, mean - error,
+                             mean + error))
+        drawn = rows(f"{study.prefix}sharpness-{key}", title, "Of the training loss at the final weights "
+                     "(hvdnoise measure); mean over the measured runs, with one standard error to "
+                     "both sides.", found, x=Quantity(title))
+        made.append(drawn if not isinstance(drawn, str) else
+                    f"{title}: no final run is measured (hvdnoise measure RUN).")
+    return made
