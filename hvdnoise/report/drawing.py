@@ -17,6 +17,8 @@ from typing import Any, Sequence
 
 import matplotlib
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -33,7 +35,7 @@ FONTS = ('system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial,
          "sans-serif")
 _MARKERS = "osD^vPX<>*hp"
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
-WIDTH = 5.0  # inches of 72 units, as all lengths here
+WIDTH = 4.7  # inches of 72 units
 _STYLE = {"svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 9.5,
           "axes.edgecolor": LIGHT["muted"], "axes.labelcolor": LIGHT["text"],
           "text.color": LIGHT["text"], "xtick.color": LIGHT["muted"],
@@ -107,8 +109,14 @@ class Drawing:
                                    loc="outside lower left", ncols=self._columns, fontsize=9,
                                    handlelength=2.6, columnspacing=1.4, labelspacing=0.4)
             png, svg = io.BytesIO(), io.StringIO()
-            self.figure.savefig(svg, format="svg", metadata={"Date": None})
-            self.figure.savefig(png, format="png", dpi=192)
+            canvas: Any = FigureCanvasSVG(self.figure)  # savefig would draw each twice
+            self.figure.dpi = 72
+            self.figure.get_layout_engine().execute(self.figure)
+            self.figure.set_layout_engine("none")
+            canvas.print_svg(svg, metadata={"Date": None})
+            canvas = FigureCanvasAgg(self.figure)
+            self.figure.dpi = 192
+            canvas.print_png(png)
         inline = _clean(svg.getvalue(), key, title, caption)
         return Graphic(key, title, caption, table, inline, _standalone(inline), png.getvalue())
 

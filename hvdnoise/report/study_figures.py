@@ -113,10 +113,11 @@ def cost(study: Study, entries: Sequence[Entry], key: str, name: str, words: str
     for entry in entries:
         x, x_error, _ = mean_and_error(final_values(entry, key))
         found.append(Point(label(study, entry), look(study, entry), x, number(entry.get("mean")),
-                           x_error, number(entry.get("error"))))
+                           x_error, number(entry.get("error")), number(entry.get("diverged")) > 0))
     title = f"{_headline(study)} against {_COST_NAMES[key]}{words}"
     caption = ("Each marker is the mean over the final seeds, each bar one standard error to both "
-               "sides. Higher and further left is better.")
+               "sides. Higher and further left is better. A method with a diverged run may lie off "
+               "the axis: its marker is then at the edge.")
     return points(study.prefix + name, title, caption, found, x=COSTS[key], y=score_of(study))
 
 
@@ -132,7 +133,7 @@ def differences(study: Study) -> Graphic | str:
         if isinstance(against, dict):
             found.append(Row(label(study, entry), look(study, entry).colour,
                              number(against.get("difference")), number(against.get("low")),
-                             number(against.get("high"))))
+                             number(against.get("high")), number(entry.get("diverged")) > 0))
     score = score_of(study)
     unit = "percentage points" if score.scale == 100 else score.label
     if not found:
@@ -140,7 +141,8 @@ def differences(study: Study) -> Graphic | str:
     return rows(study.prefix + "differences", "Difference from the baseline",
                 "Mean of the differences of runs with the same seed, with its 95% confidence "
                 "interval (no interval with one seed). An interval that reaches over 0 shows no "
-                "difference. The intervals are not corrected for their number; p after Holm is.",
+                "difference. The intervals are not corrected for their number; p after Holm is. A "
+                "triangle at the edge stands for a value off the axis (a run diverged).",
                 found, x=Quantity(f"Difference ({unit})", score.scale), zero=True)
 
 
@@ -152,7 +154,8 @@ def batch_sizes(study: Study) -> Graphic | str:
     first = {str(entry.get("method")): entry for entry in reversed(study.entries)}
     found = [Point(str(entry.get("label") or entry.get("method")),
                    look(study, first[str(entry.get("method"))]), number(entry.get("batch")),
-                   number(entry.get("mean")), math.nan, number(entry.get("error")))
+                         number(entry.get("mean")), math.nan, number(entry.get("error")),
+                   number(entry.get("diverged")) > 0)
              for entry in study.entries]
     return points(study.prefix + "batch-size", f"{_headline(study)} against batch size",
                   "Mean over the final seeds, with one standard error to both sides.", found,
