@@ -18,8 +18,8 @@ _LOOK = """
 const say = {}, w = innerWidth;
 say.overflow = Math.max(0, document.scrollingElement.scrollWidth - w);
 say.wide = [...document.querySelectorAll("body *")].filter(e => !e.closest("svg, .scroll, .skip")
-  && e.getBoundingClientRect().right > w + 1).map(e => e.tagName + " " + e.textContent.slice(0, 40));
-say.outside = []; say.overlaps = []; say.small = 1e9; say.figures = 0; say.empty = [];
+  && e.getBoundingClientRect().right > w + 1).map(e => e.tagName + " " + e.textContent);
+say.outside = []; say.overlaps = []; say.figures = 0; say.empty = [];
 for (const svg of document.querySelectorAll("figure svg")) {
   say.figures++;
   const box = svg.getBoundingClientRect(), title = svg.querySelector("title").textContent;
@@ -28,7 +28,6 @@ for (const svg of document.querySelectorAll("figure svg")) {
   const texts = [...svg.querySelectorAll("text")].filter(t => t.textContent.trim());
   const boxes = texts.map(t => t.getBoundingClientRect());
   boxes.forEach((b, i) => {
-    say.small = Math.min(say.small, Math.min(b.height, b.width < b.height ? b.width : b.height));
     if (b.left < box.left - 1 || b.right > box.right + 1 || b.top < box.top - 1
         || b.bottom > box.bottom + 1) say.outside.push(title + ": " + texts[i].textContent);
     for (let j = 0; j < i; j++) {
@@ -56,8 +55,8 @@ def chromium(*arguments: str, profile: Path, width: int = 1280, height: int = 90
                "--disable-extensions", "--disable-background-networking", "--disable-sync",
                "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND",
                f"--user-data-dir={profile}", f"--window-size={width},{height}", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                               start_new_session=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               text=True, start_new_session=True)
     try:
         return process.communicate(timeout=seconds)[0]
     finally:

@@ -81,8 +81,8 @@ def write_run(folder: Path, *, seed: int = 0, epochs: int = 12, steps: int = 4, 
 def _measured(rng: np.random.Generator) -> dict[str, Any]:
     at = np.linspace(-1, 1, 21)
     return {"format": 1, "examples": 512, "loss": 0.3, "hessian": {
-        "eigenvalues": [20 + float(rng.normal()), 11.0, None], "eigenvalue_errors": [0.1, 0.2, None],
-        "trace": 150 + float(rng.normal()), "trace_error": 3.0, "mean_curvature": 0.01},
+        "eigenvalues": [20 + float(rng.normal()), 11.0, None],
+        "eigenvalue_errors": [0.1, 0.2, None], "trace": 150 + float(rng.normal()), "trace_error": 3.0, "mean_curvature": 0.01},
         "alignment": {"workers": 16, "trace_hc": 30.0, "trace_c": 10.0, "noise_curvature": 3.0},
         "line": {"at": at.tolist(), "loss": [*(0.3 + at[:-1] ** 2).tolist(), None],
                  "accuracy": (0.9 - 0.3 * at ** 2).tolist()}, "plane": None,
@@ -93,7 +93,7 @@ def _measured(rng: np.random.Generator) -> dict[str, Any]:
 def write_study(folder: Path, *, methods: int | Sequence[str] = 3, seeds: int = 3, trials: int = 4,
                 batches: Sequence[int] = (512,), state: str = "complete", diverged: bool = False,
                 failed: bool = False, **run: Any) -> dict[str, Any]:
-    """A study's folder; what its results.json holds. The second method has the trouble asked for."""
+    """A study's folder; what its results.json holds. The second method has the trouble, if any."""
     labels = [LABELS[n] if n < len(LABELS) else f"Method number {n}" for n in range(methods)] \
         if isinstance(methods, int) else list(methods)
     folder.mkdir(parents=True)

@@ -31,7 +31,7 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
                 lines += [_escaped(words), ""]
             for item in part.items:
                 lines += _table(item) if isinstance(item, Table) else _figure(item)
-            lines += [f"- {_escaped(each)}" for each in part.missing] + [""] * bool(part.missing)
+            lines += [f"- {_escaped(each)}" for each in part.left_out] + [""] * bool(part.left_out)
     return "\n".join(lines).rstrip() + "\n"
 
 

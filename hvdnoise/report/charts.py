@@ -15,9 +15,16 @@ import numpy as np
 from hvdnoise.report import drawing
 from hvdnoise.report.drawing import Drawing, Style
 from hvdnoise.report.numbers import text, thin
-from hvdnoise.report.parts import Graphic, Table
+from hvdnoise.report.parts import NOT_RECORDED, Graphic, Table
 
 _SHOWN = 8  # places of a curve in its table
+
+
+def _without(caption: str, given: Sequence[Any], kept: Sequence[Any]) -> str:
+    """The caption; with the names of what has no numbers."""
+    names = {each.label for each in given} - {each.label for each in kept}
+    named = [each.label for each in given if each.label in names]
+    return caption + f" Not drawn, as there are no numbers: {'; '.join(named)}." * bool(named)
 
 
 @dataclass(frozen=True)
@@ -119,18 +126,19 @@ def curves(key: str, title: str, caption: str, lines: Sequence[Curve], *, x: Qua
     kept = [each for each in (_scaled(line, x, y) for line in lines)
             if np.isfinite(each.x * each.y).any()]
     if not kept:
-        return f"{title}: no numbers of it are recorded."
+        return title + NOT_RECORDED
     drawn = Drawing(labels=[each.label for each in kept] if len(kept) > 1 else ())
     for each in kept:
         alone = np.isfinite(each.y).sum() == 1
-        drawn.axes.plot(each.x, each.y, label=each.label.replace("$", r"\$"), markersize=4.5,
+        drawn.axes.plot(each.x, each.y, label=drawing.short(each.label), markersize=4.5,
                         **each.style.line(1 if alone else len(each.x)))
         if each.error is not None and np.isfinite(each.error).any():
             drawn.axes.fill_between(each.x, each.y - each.error, each.y + each.error,
                                     color=each.style.colour, alpha=0.16, linewidth=0)
     x.apply(drawn.axes, "x", np.concatenate([each.x for each in kept]))
     y.apply(drawn.axes, "y", np.concatenate([each.y for each in kept]))
-    return drawn.finish(key, title, caption, _table_of_curves(title, kept, x, y))
+    return drawn.finish(key, title, _without(caption, lines, kept),
+                        _table_of_curves(title, kept, x, y))
 
 
 def _scaled(line: Curve, x: Quantity, y: Quantity) -> Curve:
@@ -160,7 +168,7 @@ def points(key: str, title: str, caption: str, found: Sequence[Point], *, x: Qua
     """Markers with error bars; with ``joined`` a line through those of one label."""
     kept = [each for each in found if math.isfinite(each.x) and math.isfinite(each.y)]
     if not kept:
-        return f"{title}: no numbers of it are recorded."
+        return title + NOT_RECORDED
     groups: dict[str, list[Point]] = {}
     for each in kept:
         groups.setdefault(each.label, []).append(each)
@@ -178,7 +186,7 @@ def points(key: str, title: str, caption: str, found: Sequence[Point], *, x: Qua
         drawn.axes.tick_params(axis="x", which="minor", length=0, labelbottom=False)
     rows = [[each.label, text(each.x * x.scale), text(each.x_error * x.scale, 2),
              text(each.y * y.scale), text(each.y_error * y.scale, 2)] for each in kept]
-    return drawn.finish(key, title, caption, Table(
+    return drawn.finish(key, title, _without(caption, found, kept), Table(
         f"{title}: the numbers", ["series", x.label, "its error", y.label, "its error"], rows))
 
 
@@ -201,7 +209,7 @@ def _marks(axes: Any, group: list[Point], label: str, focus: tuple[float, float]
     group.sort(key=lambda each: each.x)
     look = {"color": group[0].style.colour, "marker": group[0].style.marker, "markersize": 7,
             "linestyle": group[0].style.dash if joined else "none"}
-    axes.plot([], [], label=label.replace("$", r"\$"), **look)
+    axes.plot([], [], label=drawing.short(label), **look)
     kept = [each for each in group if not focus or focus[0] <= each.y <= focus[1]]
     if kept:
         columns = np.array([[each.x, each.y, each.x_error, each.y_error] for each in kept]).T
@@ -223,7 +231,7 @@ def rows(key: str, title: str, caption: str, found: Sequence[Row], *, x: Quantit
     """A line for each, with its name at the left and an interval around the value."""
     kept = [each for each in found if math.isfinite(each.value)]
     if not kept:
-        return f"{title}: no numbers of it are recorded."
+        return title + NOT_RECORDED
     focus = _focus([(each.value, each.low, each.high, each.lost) for each in kept])
     names = [drawing.short(each.label, 26) for each in kept]
     lines = sum(1 + name.count("\n") for name in names)
@@ -244,7 +252,7 @@ def rows(key: str, title: str, caption: str, found: Sequence[Row], *, x: Quantit
     table = Table(f"{title}: the numbers", ["row", x.label, "low", "high"],
                   [[each.label, *(text(value * x.scale) for value in
                                   (each.value, each.low, each.high))] for each in kept])
-    return drawn.finish(key, title, caption, table)
+    return drawn.finish(key, title, _without(caption, found, kept), table)
 
 
 def _interval(axes: Any, place: int, each: Row, focus: tuple[float, float] | None, x: Quantity

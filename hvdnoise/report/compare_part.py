@@ -31,7 +31,8 @@ def section(runs: Sequence[Run], key: str) -> Section:
     """Several runs."""
     ended = sum(run.outcome == "finished" for run in runs)
     words = (f"{len(runs)} runs, {ended} of them finished. Each marker and line is one run: "
-             "there are no means over seeds and no intervals here, so small differences may be chance.")
+             "there are no means over seeds and no intervals here, so small "
+             "differences may be chance.")
     said = [f"{run.name}: {notice}" for run in runs for notice in notices(run)]
     return Section(key, "Comparison of runs", words, said, [
         Part("Summary", [_summary(runs)]), _curves(runs, key), _costs(runs, key), _gap(runs, key),
@@ -72,8 +73,8 @@ def _curves(runs: Sequence[Run], key: str) -> Part:
     for suffix, words, some in _split(runs):
         for of in ("validation", "test"):
             if any(run.lines.get(of) for _, run in some):
-                part.add(curves(f"{key}-{of}{suffix}", f"{of.capitalize()} accuracy by epoch{words}",
-                                "One line for each run.", _over(some, EPOCH, of, f"{of}_accuracy"),
+                title = f"{of.capitalize()} accuracy by epoch{words}"
+                part.add(curves(f"{key}-{of}{suffix}", title, "One line for each run.", _over(some, EPOCH, of, f"{of}_accuracy"),
                                 x=EPOCH, y=accuracy(of.capitalize())))
         part.add(curves(f"{key}-loss{suffix}", f"Training loss by epoch{words}",
                         "One line for each run.", _over(some, EPOCH, "train", "loss"), x=EPOCH,

@@ -36,15 +36,15 @@ FONTS = ('system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial,
 _MARKERS = "osD^vPX<>*hp"
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 WIDTH = 4.7  # inches of 72 units
-_STYLE = {"svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 9.5,
-          "axes.edgecolor": LIGHT["muted"], "axes.labelcolor": LIGHT["text"],
-          "text.color": LIGHT["text"], "xtick.color": LIGHT["muted"],
-          "ytick.color": LIGHT["muted"], "xtick.labelcolor": LIGHT["text"],
-          "ytick.labelcolor": LIGHT["text"], "grid.color": LIGHT["grid"], "grid.linewidth": 0.7,
-          "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False,
-          "axes.spines.right": False, "figure.facecolor": LIGHT["page"],
-          "axes.facecolor": LIGHT["page"], "legend.frameon": False, "lines.linewidth": 1.6,
-          "lines.markersize": 5.5, "axes.unicode_minus": True, "path.simplify_threshold": 0.3}
+_STYLE: Any = {"svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 9.5,
+               "axes.edgecolor": LIGHT["muted"], "axes.labelcolor": LIGHT["text"],
+               "text.color": LIGHT["text"], "xtick.color": LIGHT["muted"],
+               "ytick.color": LIGHT["muted"], "xtick.labelcolor": LIGHT["text"],
+               "ytick.labelcolor": LIGHT["text"], "grid.color": LIGHT["grid"], "grid.linewidth": 0.7,
+               "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False,
+               "axes.spines.right": False, "figure.facecolor": LIGHT["page"],
+               "axes.facecolor": LIGHT["page"], "legend.frameon": False, "lines.linewidth": 1.6,
+               "lines.markersize": 5.5, "axes.unicode_minus": True, "path.simplify_threshold": 0.3}
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,15 @@ def style(colour: int, shape: int | None = None) -> Style:
 
 
 def short(name: str, width: int = 44) -> str:
-    """A label of at most two lines of ``width``; the middle of a longer one is left out."""
+    """A label of at most two lines of ``width``; the middle of a longer one is left out.
+
+    No part of it is a formula, and it is shown also where it begins with "_".
+    """
     name = " ".join(name.split())
     if len(name) > 2 * width - 4:
         name = f"{name[:width - 3]} … {name[len(name) - width + 6:]}"
-    return "\n".join(textwrap.wrap(name, width)[:2]).replace("$", r"\$")
+    lines = textwrap.wrap(name, width)[:2] or ["unnamed"]
+    return " " * lines[0].startswith("_") + "\n".join(lines).replace("$", r"\$")
 
 
 class Drawing:
@@ -82,8 +86,7 @@ class Drawing:
 
     Args:
         height: of the panels together, in inches.
-        labels: of the legend, to make room for them; each is drawn with ``label=`` in the first
-            panel.
+        labels: of the legend, to make room for them; the first panel has them, each by `short`.
     """
 
     def __init__(self, *, height: float = 3.1, labels: Sequence[str] = (), rows: int = 1,
@@ -105,8 +108,7 @@ class Drawing:
         with matplotlib.rc_context({**_STYLE, "svg.hashsalt": key}):
             if self._legend:
                 handles, labels = self.axes.get_legend_handles_labels()
-                self.figure.legend(handles, [short(label) for label in labels],
-                                   loc="outside lower left", ncols=self._columns, fontsize=9,
+                self.figure.legend(handles, labels, loc="outside lower left", ncols=self._columns, fontsize=9,
                                    handlelength=2.6, columnspacing=1.4, labelspacing=0.4)
             png, svg = io.BytesIO(), io.StringIO()
             canvas: Any = FigureCanvasSVG(self.figure)  # savefig would draw each twice
@@ -126,7 +128,7 @@ def _clean(svg: str, key: str, title: str, caption: str) -> str:
     svg = svg[svg.index("<svg"):]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.S)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r"\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), svg)
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"\d+\.\d{3,}", _rounded, tag[0]), svg)
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
     for name, colour in LIGHT.items():
@@ -139,6 +141,11 @@ def _clean(svg: str, key: str, title: str, caption: str) -> str:
              f'<title id="{key}-t">{html.escape(title)}</title>'
              f'<desc id="{key}-d">{html.escape(caption)}</desc>')
     return start + svg[svg.index(">") + 1:]
+
+
+def _rounded(found: re.Match[str]) -> str:
+    """A coordinate; only within tags, as the numbers that a reader sees stay as they are."""
+    return f"{float(found[0]):.2f}".rstrip("0").rstrip(".")
 
 
 def properties(colours: dict[str, str]) -> str:

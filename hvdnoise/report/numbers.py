@@ -40,7 +40,7 @@ def thin(*columns: Any) -> tuple[Any, ...]:
     return tuple(array[kept] for array in arrays)
 
 
-def mean_curve(curves: Sequence[tuple[Any, Any]]) -> tuple[Any, Any, Any]:
+def mean_curve(curves: Sequence[Sequence[Any]]) -> tuple[Any, Any, Any]:
     """Places, mean and standard error of (places, values) of several runs.
 
     Where the runs have other places than one another, values between places are interpolated.
@@ -91,3 +91,8 @@ def with_error(value: float, error: float, digits: int) -> str:
 def chance(p: float) -> str:
     """A p value."""
     return "–" if math.isnan(p) else "< 0.0001" if p < 1e-4 else f"{p:.4f}"
+
+
+def plural(count: Any, noun: str) -> str:
+    """3 runs, 1 run."""
+    return f"{text(count)} {noun}{'s' * (count != 1)}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Sequence, Union
 
+NOT_RECORDED = ": not recorded"  # the end of a sentence that `Part.left_out` joins with others
+
 
 @dataclass(frozen=True)
 class Table:
@@ -56,6 +58,15 @@ class Part:
     items: list[Item] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+
+    @property
+    def left_out(self) -> list[str]:
+        """``missing``, where one sentence names all that is not recorded."""
+        names = [each.removesuffix(NOT_RECORDED) for each in self.missing
+                 if each.endswith(NOT_RECORDED)]
+        others = [each for each in self.missing if not each.endswith(NOT_RECORDED)]
+        joined = f"Not drawn, as there are no numbers of it: {'; '.join(names)}."
+        return others + [joined] * bool(names)
 
     def add(self, found: Item | str) -> None:
         """An item, or the sentence that says why there is none."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from hvdnoise.report.charts import EPOCH, STEP, Curve, Quantity, accuracy, curves
 from hvdnoise.report.drawing import style
-from hvdnoise.report.numbers import number, text
+from hvdnoise.report.numbers import number, plural, text
 from hvdnoise.report.parts import Part, Section, Table
 from hvdnoise.report.reading import Run
 from hvdnoise.report.study_part import facts_table
@@ -57,8 +57,8 @@ _FIGURES: dict[str, Sequence[Drawn]] = {
         ("noise-multiple", "Noise in multiples of the learning rate", "The scale of the noise by "
          "the learning rate of the step.", EPOCH,
          (("train", "noise_lr_multiple", "multiple"),), Quantity("Multiple of the learning rate")),
-        ("noise-coverage", "Steps that had the noise that was due", "Counts since the start; a step "
-         "is missed where a gradient came from weights without the noise.", STEP,
+        ("noise-coverage", "Steps that had the noise that was due", "Counts since the start; a "
+         "step is missed where a gradient came from weights without the noise.", STEP,
          (("train", "noise_due_steps", "due"), ("train", "noise_missed_steps", "missed")),
          Quantity("Steps", unit="")),
         ("noise-scale", "Gradient noise scale by epoch", "tr(C) / |gradient|², simple noise scale "
@@ -101,7 +101,7 @@ def _curves(run: Run, x: Quantity, lines: Sequence[tuple[str, str, str]]) -> lis
         else:
             at, values = run.values(kind, "epoch" if x is EPOCH else "step", key)
         if np.isfinite(np.asarray(values, float)).any():
-            found.append(Curve(label, style(place + 1), at, values))
+            found.append(Curve(label, style(place + 1, place), at, values))
     return found
 
 
@@ -184,14 +184,14 @@ def _sharpness(run: Run, key: str) -> Part:
         line, noise = found.get("line") or {}, found.get("noise") or []
         part.add(curves(f"{key}-{stem}-line", f"Loss on a line through the weights ({stem})",
                         "Distance in lengths of the filters.",
-                        [Curve("training loss", style(1), line.get("at", []),
+                        [Curve("training loss", style(1, 0), line.get("at", []),
                                [number(each) for each in line.get("loss", [])])],
                         x=Quantity("Distance (lengths of the filters)"), y=_LOSS))
         columns = [[number(each.get(name)) for each in noise]
                    for name in ("level", "accuracy", "accuracy_error")]
         part.add(curves(f"{key}-{stem}-levels", f"Accuracy with noise on the weights ({stem})",
                         "Mean over the draws; the band is one standard error to both sides.",
-                        [Curve("test accuracy", style(1), columns[0], columns[1],
+                        [Curve("test accuracy", style(1, 0), columns[0], columns[1],
                                np.array(columns[2]))],
                         x=Quantity("Size of the noise (lengths of the filters)"),
                         y=accuracy("Test")))
@@ -203,8 +203,8 @@ def _sharpness(run: Run, key: str) -> Part:
 def _events(run: Run) -> Part:
     part = Part("Events")
     found = list(run.events)
-    skipped = [(f"step {line['step']}", f"{text(line['bad_steps'])} step(s) without a finite "
-                "gradient were skipped since the last line")
+    skipped = [(f"step {line['step']}", f"{plural(line['bad_steps'], 'step')} without a "
+                "finite gradient skipped since the line before")
                for line in run.lines.get("train", []) if number(line.get("bad_steps")) > 0]
     if not any("without a finite gradient" in what for _, what in found):
         found += skipped  # otherwise the log has them already

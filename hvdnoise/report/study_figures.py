@@ -49,9 +49,15 @@ def label(study: Study, entry: Entry) -> str:
     return f"{name}, batch {entry.get('batch')}" if len(batches(study)) > 1 else name
 
 
-def batches(study: Study) -> list[Any]:
+def batch_of(entry: Entry) -> float:
+    """An entry's batch; 0 where it says none."""
+    found = number(entry.get("batch"))
+    return 0.0 if math.isnan(found) else found
+
+
+def batches(study: Study) -> list[float]:
     """The batches of a study, in order."""
-    return sorted({number(entry.get("batch")) for entry in study.entries}, key=lambda b: (b != b, b))
+    return sorted({batch_of(entry) for entry in study.entries})
 
 
 def look(study: Study, entry: Entry) -> Style:
@@ -61,7 +67,7 @@ def look(study: Study, entry: Entry) -> Style:
     others = [method for method in methods if method != baseline]
     method = str(entry.get("method"))
     colour = 0 if method == baseline else 1 + others.index(method)
-    place = batches(study).index(number(entry.get("batch")))
+    place = batches(study).index(batch_of(entry))
     return style(colour, colour + place * (len(others) + 1))
 
 
@@ -96,8 +102,7 @@ def groups(study: Study) -> list[tuple[str, str, list[Entry]]]:
         return [("", "", study.entries)]
     made = []
     for batch in batches(study):
-        same = [entry for entry in study.entries
-                if repr(number(entry.get("batch"))) == repr(batch)]
+        same = [entry for entry in study.entries if batch_of(entry) == batch]
         for start in range(0, len(same), TOGETHER):
             part = f", part {start // TOGETHER + 1}" if len(same) > TOGETHER else ""
             words = f", batch {batch:g}{part}" if len(batches(study)) > 1 else part
@@ -148,13 +153,13 @@ def differences(study: Study) -> Graphic | str:
 
 def batch_sizes(study: Study) -> Graphic | str:
     """The score against the batch, a line for each method."""
-    sizes = [size for size in batches(study) if math.isfinite(size)]
+    sizes = batches(study)
     if len(sizes) < 2:
         return "Accuracy against batch size: the study has one batch size."
     first = {str(entry.get("method")): entry for entry in reversed(study.entries)}
     found = [Point(str(entry.get("label") or entry.get("method")),
-                   look(study, first[str(entry.get("method"))]), number(entry.get("batch")),
-                         number(entry.get("mean")), math.nan, number(entry.get("error")),
+                   look(study, first[str(entry.get("method"))]), batch_of(entry),
+                   number(entry.get("mean")), math.nan, number(entry.get("error")),
                    number(entry.get("diverged")) > 0)
              for entry in study.entries]
     return points(study.prefix + "batch-size", f"{_headline(study)} against batch size",
@@ -172,9 +177,9 @@ def gap(study: Study) -> Graphic | str:
         mean, error, _ = mean_and_error(both)
         found.append(Row(label(study, entry), look(study, entry).colour, mean, mean - error,
                          mean + error))
-    made = rows(study.prefix + "gap", "Generalization gap", "Training accuracy minus test accuracy of the final "
-                "weights; mean over the finished final runs, with one standard error to both "
-                "sides.", found, x=Quantity("Gap (percentage points)", 100))
+    made = rows(study.prefix + "gap", "Generalization gap", "Training accuracy minus test "
+                "accuracy of the final weights; mean over the finished final runs, with one "
+                "standard error to both sides.", found, x=Quantity("Gap (percentage points)", 100))
     return "Generalization gap: no run has a training accuracy (setting score_train)." \
         if isinstance(made, str) else made
 
@@ -199,21 +204,24 @@ def over_runs(study: Study, entries: Sequence[Entry], key: str, title: str, kind
     found = []
     place = "epoch" if x is EPOCH else "step"
     for entry in entries:
-        each = [tuple(run.values(kind, place, value)) for run in runs(study, entry)]
-        at, mean, error = mean_curve(each)
+        at, mean, error = mean_curve([run.values(kind, place, value)
+                                      for run in runs(study, entry)])
         found.append(Curve(label(study, entry), look(study, entry), at, mean, error))
-    return curves(study.prefix + key, title, "Mean over the finished final runs; the band is one standard error "
-                  "to both sides (none for a single run). Diverged and failed runs are not in it.",
+    return curves(study.prefix + key, title, "Mean over the finished final runs; the band is one "
+                  "standard error to both sides (none for a single run). Diverged and failed runs "
+                  "are not in it.",
                   found, x=x, y=y)
 
 
 def sensitivity(study: Study) -> list[Graphic | str]:
     """The trials' validation accuracy against each setting that was searched."""
-    names = list(dict.fromkeys(name for entry in study.entries for name in entry.get("search") or {}))
+    names = list(dict.fromkeys(name for entry in study.entries
+                               for name in entry.get("search") or {}))
     made: list[Graphic | str] = []
     for name in names:
         found = [cloud for entry in study.entries if (cloud := _cloud(study, entry, name))]
-        made += clouds(study.prefix + f"sensitivity-{name}".replace(".", "-"), f"Validation accuracy against {name}",
+        key = study.prefix + f"sensitivity-{name}".replace(".", "-")
+        made += clouds(key, f"Validation accuracy against {name}",
                        "Each marker is a trial of the search; the other searched settings differ "
                        "between trials, too. The dashed line is the value that was chosen. A cross "
                        "at the bottom is a trial without a score (diverged or failed).",
@@ -268,9 +276,9 @@ def sharpness(study: Study) -> list[Graphic | str]:
                 for measured in list(run.measurements.values())[:1]])
             found.append(Row(label(study, entry), look(study, entry).colour, mean, mean - error,
                              mean + error))
-        drawn = rows(f"{study.prefix}sharpness-{key}", title, "Of the training loss at the final weights "
-                     "(hvdnoise measure); mean over the measured runs, with one standard error to "
-                     "both sides.", found, x=Quantity(title))
+        drawn = rows(f"{study.prefix}sharpness-{key}", title, "Of the training loss at the final "
+                     "weights (hvdnoise measure); mean over the measured runs, with one standard "
+                     "error to both sides.", found, x=Quantity(title))
         made.append(drawn if not isinstance(drawn, str) else
                     f"{title}: no final run is measured (hvdnoise measure RUN).")
     return made

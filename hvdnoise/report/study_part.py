@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from hvdnoise.report import study_figures as figures
-from hvdnoise.report.numbers import chance, number, text, with_error
+from hvdnoise.report.numbers import chance, number, plural, text, with_error
 from hvdnoise.report.parts import Part, Section, Table
 from hvdnoise.report.reading import Study
 from hvdnoise.training.config import flat
@@ -45,9 +45,9 @@ def headline(study: Study) -> str:
     """What was compared, on what, with how many runs and comparisons."""
     found, settings = study.results, flat(study.results.get("settings") or {})
     methods = {str(entry.get("method")) for entry in study.entries}
-    sizes = [f"{size:g}" for size in figures.batches(study) if math.isfinite(size)]
+    sizes = [f"{size:g}" for size in figures.batches(study) if size]
     counts = found.get("runs") or {}
-    said = f"{len(methods)} method{'s' * (len(methods) != 1)}"
+    said = plural(len(methods), "method")
     if sizes:
         said += f" at batch {' and '.join(sizes)}"
     on = [text(settings[name]) for name in ("model", "data.dataset") if settings.get(name)]
@@ -55,11 +55,11 @@ def headline(study: Study) -> str:
         said += f", {' on '.join(on)}"
     said += f". {text(counts.get('finished', 0))} of {text(counts.get('planned'))} runs finished"
     seeds = found.get("seeds") or []
-    said += f", {len(seeds)} final seed{'s' * (len(seeds) != 1)} for each method"
+    said += f", {plural(len(seeds), 'final seed')} for each method"
     if found.get("trials_per_method") is not None:
-        said += f" after {text(found['trials_per_method'])} trials each"
+        said += f" after {plural(found['trials_per_method'], 'trial')} each"
     baseline = found.get("baseline")
-    said += f". {text(found.get('comparisons', 0))} comparisons with the baseline"
+    said += f". {plural(found.get('comparisons', 0), 'comparison')} with the baseline"
     return said + (f" ({baseline})." if baseline else ".")
 
 
@@ -73,15 +73,15 @@ def _notices(study: Study) -> list[str]:
                     f"{text(counts.get('planned'))} runs have finished. What follows will change.")
     for outcome in ("diverged", "failed"):
         if number(counts.get(outcome)) > 0:
-            made.append(f"{counts[outcome]} run(s) {outcome}.")
+            made.append(f"{plural(counts[outcome], 'run')} {outcome} (trials and final runs).")
     chance_level = found.get("chance")
     if any(number(entry.get("diverged")) > 0 for entry in study.entries):
         made.append("A diverged final run counts with the accuracy of chance"
                     + (f" ({number(chance_level):.1%})." if chance_level is not None else "."))
     for entry in study.entries:
         if number(entry.get("failed")) > 0:
-            made.append(f"{figures.label(study, entry)}: {entry['failed']} final run(s) failed; "
-                        "it has no mean until they are run again.")
+            made.append(f"{figures.label(study, entry)}: {plural(entry['failed'], 'final run')} "
+                        "failed; there is no mean until all of them have run.")
     return made
 
 
@@ -97,10 +97,10 @@ def _result(study: Study) -> Part:
 
 
 def _statistics(study: Study) -> str:
-    return ("Mean ± standard error over the final seeds. Differences are paired: runs with the same "
-            "seed have the same images, initial weights and order. "
-            f"{text(study.results.get('comparisons', 0))} comparisons were made; p after Holm "
-            "holds for all of them together.")
+    return ("Mean ± standard error over the final seeds. Differences are paired: runs with the "
+            "same seed have the same images, initial weights and order. "
+            f"Comparisons made: {text(study.results.get('comparisons', 0))}; p after Holm holds "
+            "for all of them together.")
 
 
 def methods_table(study: Study) -> Table:

@@ -78,7 +78,7 @@ def _parser(kind: type, schema: type, program: str, positional: str = ""
                         "override it")
     if positional:
         several = typing.get_origin(typing.get_type_hints(kind)[positional]) is tuple
-        parser.add_argument(positional, help=f"the {positional}", **{"nargs": "+"} if several else {})
+        parser.add_argument(positional, help=f"the {positional}", nargs="+" if several else None)
     parser.add_class_arguments(schema, skip={positional} if positional else None)
     return parser
 
