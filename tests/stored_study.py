@@ -82,7 +82,8 @@ def _measured(rng: np.random.Generator) -> dict[str, Any]:
     at = np.linspace(-1, 1, 21)
     return {"format": 1, "examples": 512, "loss": 0.3, "hessian": {
         "eigenvalues": [20 + float(rng.normal()), 11.0, None],
-        "eigenvalue_errors": [0.1, 0.2, None], "trace": 150 + float(rng.normal()), "trace_error": 3.0, "mean_curvature": 0.01},
+        "eigenvalue_errors": [0.1, 0.2, None], "trace": 150 + float(rng.normal()),
+        "trace_error": 3.0, "mean_curvature": 0.01},
         "alignment": {"workers": 16, "trace_hc": 30.0, "trace_c": 10.0, "noise_curvature": 3.0},
         "line": {"at": at.tolist(), "loss": [*(0.3 + at[:-1] ** 2).tolist(), None],
                  "accuracy": (0.9 - 0.3 * at ** 2).tolist()}, "plane": None,

@@ -5,24 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any, Sequence
 
-from hvdnoise.report.charts import (
-    EPOCH,
-    STEP,
-    Curve,
-    Point,
-    Quantity,
-    Row,
-    accuracy,
-    curves,
-    points,
-    rows,
-)
+from hvdnoise.report.charts import EPOCH, STEP, Curve, Quantity, accuracy, curves
 from hvdnoise.report.drawing import style
+from hvdnoise.report.marks import Point, Row, points, rows
 from hvdnoise.report.numbers import number, text
 from hvdnoise.report.parts import Part, Section, Table
 from hvdnoise.report.reading import Run
 from hvdnoise.report.run_part import notices, progress
-from hvdnoise.report.study_figures import COSTS, NOISE, SHARPNESS, TOGETHER
+from hvdnoise.report.study_figures import COSTS, TOGETHER
+from hvdnoise.report.study_records import NOISE, SHARPNESS
 
 _OF_NO_MATTER = ("run_dir", "name", "overwrite", "resume", "progress", "tensorboard", "threads")
 
@@ -69,15 +60,16 @@ def _over(runs: list[tuple[int, Run]], x: Quantity, kind: str, key: str) -> list
 
 
 def _curves(runs: Sequence[Run], key: str) -> Part:
-    part = Part("Learning curves")
+    part, caption = Part("Learning curves"), "One line for each run."
     for suffix, words, some in _split(runs):
         for of in ("validation", "test"):
             if any(run.lines.get(of) for _, run in some):
-                title = f"{of.capitalize()} accuracy by epoch{words}"
-                part.add(curves(f"{key}-{of}{suffix}", title, "One line for each run.", _over(some, EPOCH, of, f"{of}_accuracy"),
-                                x=EPOCH, y=accuracy(of.capitalize())))
-        part.add(curves(f"{key}-loss{suffix}", f"Training loss by epoch{words}",
-                        "One line for each run.", _over(some, EPOCH, "train", "loss"), x=EPOCH,
+                name = of.capitalize()
+                part.add(curves(f"{key}-{of}{suffix}", f"{name} accuracy by epoch{words}", caption,
+                                _over(some, EPOCH, of, f"{of}_accuracy"), x=EPOCH,
+                                y=accuracy(name)))
+        part.add(curves(f"{key}-loss{suffix}", f"Training loss by epoch{words}", caption,
+                        _over(some, EPOCH, "train", "loss"), x=EPOCH,
                         y=Quantity("Training loss (cross-entropy)", log=True)))
     return part
 

@@ -40,7 +40,8 @@ _STYLE: Any = {"svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size"
                "axes.edgecolor": LIGHT["muted"], "axes.labelcolor": LIGHT["text"],
                "text.color": LIGHT["text"], "xtick.color": LIGHT["muted"],
                "ytick.color": LIGHT["muted"], "xtick.labelcolor": LIGHT["text"],
-               "ytick.labelcolor": LIGHT["text"], "grid.color": LIGHT["grid"], "grid.linewidth": 0.7,
+               "ytick.labelcolor": LIGHT["text"], "grid.color": LIGHT["grid"],
+               "grid.linewidth": 0.7,
                "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False,
                "axes.spines.right": False, "figure.facecolor": LIGHT["page"],
                "axes.facecolor": LIGHT["page"], "legend.frameon": False, "lines.linewidth": 1.6,
@@ -108,8 +109,9 @@ class Drawing:
         with matplotlib.rc_context({**_STYLE, "svg.hashsalt": key}):
             if self._legend:
                 handles, labels = self.axes.get_legend_handles_labels()
-                self.figure.legend(handles, labels, loc="outside lower left", ncols=self._columns, fontsize=9,
-                                   handlelength=2.6, columnspacing=1.4, labelspacing=0.4)
+                self.figure.legend(
+                    handles, labels, loc="outside lower left", ncols=self._columns, fontsize=9,
+                    handlelength=2.6, columnspacing=1.4, labelspacing=0.4)
             png, svg = io.BytesIO(), io.StringIO()
             canvas: Any = FigureCanvasSVG(self.figure)  # savefig would draw each twice
             self.figure.dpi = 72

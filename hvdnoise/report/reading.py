@@ -84,6 +84,13 @@ class Study:
     environment: dict[str, Any]
     problems: list[str] = field(default_factory=list)
     prefix: str = ""
+    _read: dict[str, Run] = field(default_factory=dict, repr=False)
+
+    def run(self, name: str) -> Run:
+        """One of its runs by its folder's name in results.json; each is read once."""
+        if name not in self._read:
+            self._read[name] = read_run(self.folder / name, name)
+        return self._read[name]
 
     def numbered(self, place: int) -> Study:
         """The one at this place of a page; the first needs no prefix."""

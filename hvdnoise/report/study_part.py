@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from hvdnoise.report import study_figures as figures
+from hvdnoise.report import study_records as records
 from hvdnoise.report.numbers import chance, number, plural, text, with_error
 from hvdnoise.report.parts import Part, Section, Table
 from hvdnoise.report.reading import Study
@@ -17,6 +18,9 @@ _EDGE = 0.02  # of the range
 
 def section(study: Study, key: str) -> Section:
     """Everything of a study; what is missing is said."""
+    if not study.entries:
+        return Section(key, study.name, "There are no methods in the results yet.",
+                       _notices(study), [_settings(study)])
     split = figures.groups(study)
     parts = [_result(study), Part("Accuracy against cost"), Part("Accuracy against batch size"),
              Part("Learning curves"), Part("Generalization gap"),
@@ -27,18 +31,17 @@ def section(study: Study, key: str) -> Section:
         for cost in figures.COSTS:
             name = "cost" if cost == "gradient_evaluations" else f"cost-{cost.replace('_', '-')}"
             costs.add(figures.cost(study, entries, cost, name + suffix, words))
-        for each in figures.learning_curves(study, entries, suffix, words):
+        for each in records.learning_curves(study, entries, suffix, words):
             learning.add(each)
-        for each in figures.noise(study, entries, suffix, words):
+        for each in records.noise(study, entries, suffix, words):
             noise.add(each)
     sizes.add(figures.batch_sizes(study))
     gap.add(figures.gap(study))
-    for each in figures.sensitivity(study):
+    for each in records.sensitivity(study):
         sensitivity.add(each)
-    for each in figures.sharpness(study):
+    for each in records.sharpness(study):
         sharpness.add(each)
-    return Section(key, str(study.results.get("name") or study.name), headline(study),
-                   _notices(study), parts)
+    return Section(key, study.name, headline(study), _notices(study), parts)
 
 
 def headline(study: Study) -> str:
@@ -87,9 +90,6 @@ def _notices(study: Study) -> list[str]:
 
 def _result(study: Study) -> Part:
     part = Part("Result")
-    if not study.entries:
-        part.missing.append("There are no methods in the results yet.")
-        return part
     part.items.append(methods_table(study))
     part.words.append(_statistics(study))
     part.add(figures.differences(study))
