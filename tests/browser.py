@@ -67,12 +67,17 @@ def chromium(*arguments: str, profile: Path, width: int = 1280, height: int = 90
         process.wait()
 
 
+def without_policy(page: str) -> str:
+    """A page that scripts and images may be put into."""
+    return _POLICY.sub("", page)
+
+
 def look(page: Path, folder: Path, *, width: int, print_media: bool = False) -> dict[str, Any]:
     """What a script finds in a copy of the page, shown in a frame of ``width`` CSS pixels.
 
     A window of Chromium has a least width, a frame has none.
     """
-    text = _POLICY.sub("", page.read_text())
+    text = without_policy(page.read_text())
     if print_media:
         text = text.replace("@media print", "@media all").replace("@media screen", "@media print")
     script = _LOOK + "parent.postMessage(out.textContent, '*');"

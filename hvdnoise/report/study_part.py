@@ -20,7 +20,7 @@ def section(study: Study, key: str) -> Section:
     """Everything of a study; what is missing is said."""
     if not study.entries:
         return Section(key, study.name, "There are no methods in the results yet.",
-                       _notices(study), [_settings(study)])
+                       notices(study), [_settings(study)])
     split = figures.groups(study)
     parts = [_result(study), Part("Accuracy against cost"), Part("Accuracy against batch size"),
              Part("Learning curves"), Part("Generalization gap"),
@@ -41,7 +41,7 @@ def section(study: Study, key: str) -> Section:
         sensitivity.add(each)
     for each in records.sharpness(study):
         sharpness.add(each)
-    return Section(key, study.name, headline(study), _notices(study), parts)
+    return Section(key, study.name, headline(study), notices(study), parts)
 
 
 def headline(study: Study) -> str:
@@ -66,7 +66,8 @@ def headline(study: Study) -> str:
     return said + (f" ({baseline})." if baseline else ".")
 
 
-def _notices(study: Study) -> list[str]:
+def notices(study: Study) -> list[str]:
+    """What a reader must know first."""
     found, made = study.results, list(study.problems)
     counts = found.get("runs") or {}
     if not found:

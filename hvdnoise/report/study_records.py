@@ -74,8 +74,8 @@ def _cloud(study: Study, entry: Entry, name: str) -> Cloud | None:
         return None
     chosen = (entry.get("chosen") or {}).get(name)
     log = not isinstance(search, dict) or bool(search.get("log"))
-    return Cloud(figures.label(study, entry), [place for place, _ in tried], [score for _, score in tried],
-                 [] if chosen is None else [chosen], log)
+    return Cloud(figures.label(study, entry), [place for place, _ in tried],
+                 [score for _, score in tried], [] if chosen is None else [chosen], log)
 
 
 NOISE = (("covariance", "trace", "Trace of the gradient's covariance", STEP, True),
