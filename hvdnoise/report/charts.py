@@ -24,7 +24,7 @@ _SHOWN = 8  # places of a curve in its table
 def without(caption: str, given: Sequence[Any], kept: Sequence[Any]) -> str:
     """The caption; with the names of what has no numbers."""
     names = {each.label for each in given} - {each.label for each in kept}
-    named = [each.label for each in given if each.label in names]
+    named = [" ".join(drawing.short(each.label).split()) for each in given if each.label in names]
     return caption + f" Not drawn, as there are no numbers: {'; '.join(named)}." * bool(named)
 
 

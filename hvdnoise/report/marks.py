@@ -18,6 +18,9 @@ from hvdnoise.report.drawing import Drawing, Style
 from hvdnoise.report.numbers import text
 from hvdnoise.report.parts import NOT_RECORDED, Graphic, Table
 
+_AT_THE_EDGE = (" A mark at the edge stands for a value off the axis, which is beside its name: a run "
+                "diverged.")
+
 
 @dataclass(frozen=True)
 class Point:
@@ -81,6 +84,7 @@ def points(key: str, title: str, caption: str, found: Sequence[Point], *, x: Qua
     x.apply(drawn.axes, "x", [each.x * x.scale for each in kept])
     y.apply(drawn.axes, "y", [each.y * y.scale for each in kept])
     if focus:
+        caption += _AT_THE_EDGE
         drawn.axes.set_ylim(focus[0] * y.scale, focus[1] * y.scale)
     if ticks:
         drawn.axes.set_xticks(ticks, [text(tick) for tick in ticks])
@@ -149,6 +153,7 @@ def rows(key: str, title: str, caption: str, found: Sequence[Row], *, x: Quantit
     x.apply(axes, "x", [value * x.scale for each in kept
                         for value in (each.value, each.low, each.high)])
     if focus:
+        caption += _AT_THE_EDGE
         axes.set_xlim(focus[0] * x.scale, focus[1] * x.scale)
     table = Table(f"{title}: the numbers", ["row", x.label, "low", "high"],
                   [[each.label, *(text(value * x.scale) for value in

@@ -102,8 +102,7 @@ def cost(study: Study, entries: Sequence[Entry], key: str, name: str, words: str
                            x_error, number(entry.get("error")), number(entry.get("diverged")) > 0))
     title = f"{_headline(study)} against {_COST_NAMES[key]}{words}"
     caption = ("Each marker is the mean over the final seeds, each bar one standard error to both "
-               "sides. Higher and further left is better. A method with a diverged run may lie off "
-               "the axis: its marker is then at the edge.")
+               "sides. Higher and further left is better.")
     return points(study.prefix + name, title, caption, found, x=COSTS[key], y=score_of(study))
 
 
@@ -127,8 +126,7 @@ def differences(study: Study) -> Graphic | str:
     return rows(study.prefix + "differences", "Difference from the baseline",
                 "Mean of the differences of runs with the same seed, with its 95% confidence "
                 "interval (no interval with one seed). An interval that reaches over 0 shows no "
-                "difference. The intervals are not corrected for their number; p after Holm is. A "
-                "triangle at the edge stands for a value off the axis (a run diverged).",
+                "difference. The intervals are not corrected for their number; p after Holm is.",
                 found, x=Quantity(f"Difference ({unit})", score.scale), zero=True)
 
 
