@@ -18,8 +18,8 @@ from hvdnoise.report.drawing import Drawing, Style
 from hvdnoise.report.numbers import text
 from hvdnoise.report.parts import NOT_RECORDED, Graphic, Table
 
-_AT_THE_EDGE = (" A mark at the edge stands for a value off the axis, which is beside its name: a run "
-                "diverged.")
+_AT_THE_EDGE = (" A mark at the edge stands for a value off the axis, which is beside its name: a "
+                "run diverged.")
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ def _settings(run: Run) -> Part:
                                  ("Versions and machine", flat(run.environment),
                                   "environment.json")):
         if facts:
-            part.items.append(facts_table(caption, facts))
+            part.items.append(facts_table(caption, facts, exact=True))
         else:
             part.missing.append(f"{caption}: there is no {file} that can be read.")
     return part

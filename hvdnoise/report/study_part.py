@@ -172,7 +172,7 @@ def _settings(study: Study) -> Part:
               "trials_per_method", "tuning_seeds", "seeds") if found.get(name) is not None}
     facts.update(flat(found.get("settings") or study.settings))
     if facts:
-        part.items.append(facts_table("Settings of all runs", facts))
+        part.items.append(facts_table("Settings of all runs", facts, exact=True))
     if study.environment:
         part.items.append(facts_table("Versions and machine", flat(study.environment)))
     else:
@@ -180,11 +180,11 @@ def _settings(study: Study) -> Part:
     return part
 
 
-def facts_table(caption: str, facts: dict[str, Any]) -> Table:
-    """Name and value, without those that are empty."""
+def facts_table(caption: str, facts: dict[str, Any], *, exact: bool = False) -> Table:
+    """Name and value, without those that are empty; ``exact``: with all digits, as settings are."""
     return Table(caption, ["name", "value"],
-                 [[name, text(value, 6)] for name, value in facts.items()
-                  if value not in (None, [], {}, "")], left=2)
+                 [[name, str(value) if exact and number(value) == value else text(value, 6)]
+                  for name, value in facts.items() if value not in (None, [], {}, "")], left=2)
 
 
 def _space(space: Any) -> str:
