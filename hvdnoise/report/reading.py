@@ -24,6 +24,8 @@ OF_A_RUN = ("config.yaml", "metrics.jsonl", "summary.json")
 _EVENT = re.compile(r"^(\S+ \S+) (INFO|WARNING|ERROR|CRITICAL) (.*)")
 _WORTH_TELLING = ("resum", "no checkpoint", "SIGTERM")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # many times faster
+_GROUPS = ("runs", "settings", "search", "chosen", "versus_baseline")
+_LISTS = ("methods", "trials", "finals", "seeds")
 Line = dict[str, Any]
 
 
@@ -99,8 +101,7 @@ class Study:
     @property
     def entries(self) -> list[dict[str, Any]]:
         """The methods at their batches."""
-        found = self.results.get("methods")
-        return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+        return list(self.results.get("methods", []))
 
 
 def read(folder: Path, name: str) -> Run | Study:
@@ -125,10 +126,23 @@ def read(folder: Path, name: str) -> Run | Study:
 def read_study(folder: Path, name: str) -> Study:
     """The study in ``folder``; also one that has no results yet."""
     problems: list[str] = []
-    results = _object(folder / "results.json", problems)
+    results = _sound(_object(folder / "results.json", problems))
     return Study(folder, str(results.get("name") or name), results,
                  _object(folder / "study.yaml", problems),
                  _object(folder / "environment.json", problems), problems)
+
+
+def _sound(results: dict[str, Any]) -> dict[str, Any]:
+    """Without what is no group or list where there must be one, at any depth."""
+    found = {}
+    for key, value in results.items():
+        if key in _GROUPS and not isinstance(value, dict) or key in _LISTS and not isinstance(
+                value, list):
+            continue
+        if key in ("methods", "trials", "finals"):
+            value = [_sound(each) for each in value if isinstance(each, dict)]
+        found[key] = value
+    return found
 
 
 def read_run(folder: Path, name: str) -> Run:

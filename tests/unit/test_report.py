@@ -146,6 +146,16 @@ def test_a_study_in_progress_and_one_without_results(tmp_path: Path) -> None:
     assert not list((tmp_path / "out" / "figures").iterdir())  # those of the first report are gone
 
 
+def test_results_with_parts_of_a_wrong_kind_are_read(tmp_path: Path) -> None:
+    entry = {"method": "a", "search": "x", "trials": [None, {"settings": "y"}], "finals": "z",
+             "chosen": None, "versus_baseline": 3}
+    (tmp_path / "results.json").write_text(json.dumps(
+        {"runs": "many", "seeds": 3, "methods": [entry, None, "b"]}))
+    section = study_part.section(read_study(tmp_path, "s"), "s")
+    assert "1 method" in section.headline and section.parts[0].items
+    assert not [item for part in section.parts for item in part.items if isinstance(item, Graphic)]
+
+
 def test_a_failed_run_leaves_its_method_without_a_mean(tmp_path: Path) -> None:
     write_study(tmp_path / "a", methods=2, seeds=2, trials=0, epochs=1, failed=True)
     study = read_study(tmp_path / "a", "a")
