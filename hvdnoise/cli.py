@@ -1,5 +1,4 @@
-"""hvdnoise train | eval | measure | study | plan | bench | quadratic | doctor: parse, build, run,
-close.
+"""hvdnoise train | eval | measure | study | report | plan | bench | quadratic | doctor.
 
 Settings are parsed and checked before Horovod starts, so that a mistake costs nothing and leaves
 nothing behind. Exit codes: 0 done; 2 bad input, one line on stderr; 75 preempted by SIGTERM and
@@ -25,6 +24,7 @@ _USAGE = """usage: hvdnoise train [--config YAML] [--FLAG VALUE ...]   train a n
        hvdnoise eval RUN [--FLAG VALUE ...]                score the weights of a run
        hvdnoise measure RUN [--FLAG VALUE ...]             sharpness of a run's weights
        hvdnoise study FILE.yaml [--FLAG VALUE ...]         compare methods: tune, run, table
+       hvdnoise report RUN_OR_STUDY... [--out FOLDER]      a page of what they recorded
        hvdnoise plan [--config YAML] [--FLAG VALUE ...]    say what a run costs; launch lines
        hvdnoise bench [--FLAG VALUE ...]                   time ways to average gradients
        hvdnoise quadratic [--FLAG VALUE ...]               check the noises against exact theory
@@ -77,14 +77,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     commands: dict[str, Callable[[Sequence[str], dict[str, int]], int]] = {
         "train": _train, "eval": _eval, "measure": _measure, "study": _study,
-        "plan": _plan, "bench": _bench, "quadratic": _quadratic, "doctor": _doctor}
+        "report": _report, "plan": _plan, "bench": _bench, "quadratic": _quadratic,
+        "doctor": _doctor}
     if command in ("--help", "-h", "help"):
         print(_USAGE)
         return 0
     try:
         if command not in commands:
             raise ConfigError(f"unknown command {command!r}: give train, eval, measure, study, "
-                              "plan, bench, quadratic or doctor; see hvdnoise --help")
+                              "report, plan, bench, quadratic or doctor; see hvdnoise --help")
         return commands[command](rest, launched)
     except ConfigError as error:
         return process.refuse(str(error), launched)
@@ -148,6 +149,17 @@ def _study(arguments: Sequence[str], launched: dict[str, int]) -> int:
         raise ConfigError(f"hvdnoise study starts ranks by itself, and here are {launched['size']}"
                           " of it: start it without a launcher")
     return run(arguments)
+
+
+def _report(arguments: Sequence[str], launched: dict[str, int]) -> int:
+    from hvdnoise.report.config import ReportConfig, validate
+    config = _parse(ReportConfig, arguments, launched, program="hvdnoise report",
+                    positional="folders")
+    if launched["rank"] > 0:  # one process reports
+        return 0
+    validate(config)
+    from hvdnoise.report.run import run
+    return run(config)
 
 
 def _plan(arguments: Sequence[str], launched: dict[str, int]) -> int:

@@ -100,7 +100,8 @@ def _parser(kind: type, schema: type, program: str, positional: str = ""
     parser.add_argument("--config", action="config", help="YAML file of settings; flags after it "
                         "override it")
     if positional:
-        parser.add_argument(positional, help=f"the {positional}")
+        several = typing.get_origin(typing.get_type_hints(kind)[positional]) is tuple
+        parser.add_argument(positional, help=f"the {positional}", nargs="+" if several else None)
     parser.add_class_arguments(schema, skip={positional} if positional else None)
     return parser
 

@@ -14,6 +14,7 @@
     RUN/checkpoints/         see `hvdnoise.training.checkpoint`
     RUN/logs/rank-N.log      every rank's own
     RUN/measure/             what `hvdnoise measure` found of the weights; see docs/measure.md
+    RUN/report/              the page of `hvdnoise report`; see docs/report.md
 
 Rank 0 writes all but the logs. A record that cannot be written (a full disk) is warned of once,
 and training goes on: it is the checkpoints that must not fail silently.
@@ -45,7 +46,7 @@ from hvdnoise.training.progress import log
 
 _OF_A_RUN = ("config.yaml", "environment.json", "metrics.jsonl", "preempted.json", "summary.json",
              "weights.pt", "weights-best.pt", "weights-ema.pt", "checkpoints", "logs", "measure",
-             "tensorboard")
+             "report", "tensorboard")
 
 
 def is_run(folder: Path) -> bool:
