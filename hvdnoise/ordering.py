@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import time
 import weakref
 from collections import deque
 from typing import Any, Callable
@@ -24,6 +25,7 @@ import torch
 
 from hvdnoise.world import Handle, World
 
+COLLECT_SECONDS = 10.0
 MOST_UNANSWERED = 16  # announcements that the other ranks have not made yet
 
 
@@ -44,7 +46,7 @@ class FinishOrder:
     def begin(self) -> None:
         """An optimizer's first exchange: count those that live."""
         if len(self._live) > 1:
-            gc.collect()  # so that all ranks count alike
+            _collect()  # so that all ranks count alike
         self._were_several = len(self._live) > 1
 
     @property
@@ -88,3 +90,18 @@ class FinishOrder:
                     f"{mine} when another came to another optimizer (here are {'; '.join(others)}, "
                     "too): call step() or synchronize() of all optimizers in the same order on all "
                     "ranks, also where a rank has no gradients for one")
+
+
+class _Cycle:
+    """Garbage that only a collection can find."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+
+def _collect() -> None:
+    """A whole collection of garbage: ``gc.collect()`` does nothing while another thread collects."""
+    cycle, until = weakref.ref(_Cycle()), time.monotonic() + COLLECT_SECONDS
+    while cycle() is not None and time.monotonic() < until:
+        gc.collect()
+        time.sleep(0.001)

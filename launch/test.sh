@@ -40,9 +40,21 @@ check mypy 600 .venv/bin/python -m mypy hvdnoise
 if [[ $quick ]]; then # -o testpaths: paths among the further options take its place
     check pytest 600 .venv/bin/python -m pytest -o testpaths=tests/unit \
         -m 'not (parallel or slow or gpu or namespaces or containers or slurm)' "$@"
-else
+elif (($#)); then
     check docs 600 .venv/bin/python -m tests.api_docs
     check pytest 4800 .venv/bin/python -m pytest --durations=40 "$@"
+else
+    check docs 600 .venv/bin/python -m tests.api_docs
+    # A unit test seldom uses more than one core: two halves at a time.
+    trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+    units=(tests/unit/test_*.py) half=$(mktemp)
+    first=("${units[@]:0:${#units[@]}/2}") second=("${units[@]:${#units[@]}/2}")
+    timeout 1800 .venv/bin/python -m pytest --durations=20 "${second[@]}" >"$half" 2>&1 &
+    check unit-1 1800 .venv/bin/python -m pytest --durations=20 "${first[@]}"
+    check unit-2 1800 tail --pid=$! --lines=+1 --follow "$half"
+    wait $! || failed=1 results[-1]=${results[-1]/ok    /FAILED}
+    rm "$half"
+    check pytest 4200 .venv/bin/python -m pytest --durations=40 tests/parallel tests/integration
 fi
 
 printf '\n'

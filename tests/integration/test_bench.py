@@ -59,7 +59,7 @@ def test_gloo_bytes_memory_and_weights(tmp_path: Path) -> None:
     assert "2 ranks on 1 host, horovodrun (Gloo)" in ended.output
 
 
-EACH_PLAN = ["gathered", *(f"gathered:{plan}" for plan in CHOICES if plan != "auto")]
+EACH_PLAN = [f"gathered:{plan}" for plan in CHOICES if plan != "auto"]
 
 
 @pytest.mark.parametrize("ranks, launcher, names", [

@@ -25,7 +25,7 @@ from tests.fake_world import Meeting, ThreadWorld
 from tests.laws import assert_normal
 from tests.toys import Net, build, relative_error, train, vector
 
-WORLDS = ["gloo-1", "gloo-2", "gloo-4", "mpi-1", "mpi-2", "mpi-4"]
+WORLDS = ["gloo-1", "gloo-2", "gloo-4", "mpi-4"]  # others in test_equality.py
 W, M = 4, 3
 SAMPLES = 100  # steps; real ranks need milliseconds for each
 
@@ -71,7 +71,7 @@ BASELINES: dict[str, tuple[str, Any]] = {
     "pnm": ("beta: 0.5, beta0: 2", lambda: PNM(0.5, 2.0))}
 
 
-@on("gloo-2", "mpi-2")
+@on("gloo-2", "mpi-4")
 def check_baselines_of_a_settings_file(world: World) -> None:
     """The same as 1 rank x 4 workers, which tests/unit/test_neighbours.py compares with loops."""
     for kind, (options, make) in BASELINES.items():
@@ -87,7 +87,7 @@ def check_baselines_of_a_settings_file(world: World) -> None:
         assert all(each == everyone[0] for each in everyone), kind
 
 
-@on("gloo-2", "mpi-2")
+@on("gloo-2", "mpi-4")
 def check_a_loaded_baseline_goes_on(world: World) -> None:
     for kind, (_, make) in BASELINES.items():
         assert_goes_on(world, make, kind)

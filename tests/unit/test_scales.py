@@ -26,7 +26,7 @@ from hvdnoise.noise import AnticorrelatedNoise
 from hvdnoise.noise.filters import filter_norms, filter_square_norms, times_filters
 from tests import reference
 from tests.fake_world import Meeting, ThreadWorld, run_threads
-from tests.noises.scaled import Scaled
+from tests.noises import forgotten_afterwards
 from tests.runs import RATES, assert_same_run, run
 from tests.toys import Dense, batch, build, losses, seen, train, vector
 
@@ -266,6 +266,8 @@ def test_multiples_of_the_learning_rate(ranks: int) -> None:
     def by_numpy(radius: float, along_WP: Any) -> Any:
         return pytest.approx((radius, radius / np.linalg.norm(theta_P), radius
                               / reference.root_mean_square_norm(along_WP * alpha_P)), rel=1e-9)
+    with forgotten_afterwards():
+        from tests.noises import scaled
     deviations_WP = reference.deviations(gradients_WP)
     extrapolated_WP = 3.0 * alpha_P * gradients_WP
     for noise, radius, along_WP in (
@@ -274,7 +276,7 @@ def test_multiples_of_the_learning_rate(ranks: int) -> None:
             (lambda: Extrapolation(3.0), reference.root_mean_square_norm(extrapolated_WP),
              gradients_WP),
             (lambda: GNC(0.3), 0.3, deviations_WP),
-            (lambda: Scaled(0.3, factor=2.0), 0.6, deviations_WP)):
+            (lambda: scaled.Scaled(0.3, factor=2.0), 0.6, deviations_WP)):
         found = measured_of(noise, ranks, learning_rates=RATES)
         assert (found.noise_radius, found.noise_share, found.noise_lr_multiple) == by_numpy(
             radius, along_WP)
