@@ -100,7 +100,7 @@ class _Cycle:
 
 
 def _collect() -> None:
-    """A whole collection of garbage: ``gc.collect()`` does nothing while another thread collects."""
+    """Collect garbage, also where ``gc.collect()`` does nothing as another thread collects."""
     cycle, until = weakref.ref(_Cycle()), time.monotonic() + COLLECT_SECONDS
     while cycle() is not None and time.monotonic() < until:
         gc.collect()
