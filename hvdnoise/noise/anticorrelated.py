@@ -47,6 +47,8 @@ class AnticorrelatedNoise(SizedNoise):
         ValueError: for a value outside these.
     """
 
+    most_share = math.inf
+
     def __init__(self, radius: Schedule | None = None, *, share: Schedule | None = None,
                  seed: int = 0) -> None:
         super().__init__(seed=seed)

@@ -81,7 +81,7 @@ class GNC(SizedNoise, MixingNoise, ObservingNoise):
         radius, lr, relative, share: the scale, one of the four; a number >= 0 or a function of the
             step (0 for the first), in the units of the weights (radius), of one SGD step (lr), of
             the norm of each weight tensor (relative) or of all weights together (share). Without
-            any, share is 0.02; above 0.05 a warning comes.
+            any, share is 0.02; above 0.05 a warning comes, but for white noise.
         source: "own", "gathered", "isotropic" or "layerwise".
         lag: 1, deviations of the step before at no extra pass; 2, of the one before that, whose
             exchange is hidden behind a step's computation; 0, of a first pass over the same
@@ -103,6 +103,8 @@ class GNC(SizedNoise, MixingNoise, ObservingNoise):
                  source: str = "own", lag: int = 1, scope: str = "all", per: str = "tensor",
                  echo: bool = False, seed: int = 0) -> None:
         super().__init__(seed=seed)
+        if source in ("isotropic", "layerwise"):
+            self.most_share = math.inf
         self.take_scale(("share", 0.02), radius=radius, lr=lr, relative=relative, share=share)
         for name, value, known in (("source", source, SOURCES), ("scope", scope, SCOPES),
                                    ("per", per, PER)):

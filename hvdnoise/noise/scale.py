@@ -20,7 +20,6 @@ from hvdnoise.noise.base import (
     check_scale,
 )
 
-MOST_SHARE = 0.05  # without a warning
 
 
 class SizedNoise(WeightNoise):
@@ -29,10 +28,12 @@ class SizedNoise(WeightNoise):
     Attributes:
         scale: the unit in which it is given.
         size: how much of it; a number, or a function of the step.
+        most_share: the largest share without a warning; white noise takes far more.
     """
 
     scale: str
     size: Schedule
+    most_share = 0.05
     _warned = False
 
     def take_scale(self, default: tuple[str, float] | None = None, **units: Schedule | None
@@ -64,8 +65,8 @@ class SizedNoise(WeightNoise):
 
     def _check_share(self, share: float, where: str) -> None:
         """Warn once of a share that is too large."""
-        if share > MOST_SHARE and not self._warned:
+        if share > self.most_share and not self._warned:
             self._warned = True
-            warnings.warn(f"share={share:g}{where}: above {MOST_SHARE:g} of the weights' norm a "
+            warnings.warn(f"share={share:g}{where}: above {self.most_share:g} of the weights' norm a "
                           "displacement tends to stop training; lower it (0.02 is usual)",
                           stacklevel=4)

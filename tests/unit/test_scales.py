@@ -326,6 +326,7 @@ def test_a_large_share_is_warned_of_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         GNC(share=0.05)
+        GNC(share=1.0, source="isotropic")  # as long as the weights, and helps
         run(2, 2, lambda: GNC(share=lambda step: 0.01))
 
 
