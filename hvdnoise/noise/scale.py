@@ -21,7 +21,6 @@ from hvdnoise.noise.base import (
 )
 
 
-
 class SizedNoise(WeightNoise):
     """Base of the noises whose displacement has a length that is given.
 
@@ -67,6 +66,6 @@ class SizedNoise(WeightNoise):
         """Warn once of a share that is too large."""
         if share > self.most_share and not self._warned:
             self._warned = True
-            warnings.warn(f"share={share:g}{where}: above {self.most_share:g} of the weights' norm a "
-                          "displacement tends to stop training; lower it (0.02 is usual)",
+            warnings.warn(f"share={share:g}{where}: above {self.most_share:g} of the weights' norm "
+                          "a displacement tends to stop training; lower it (0.02 is usual)",
                           stacklevel=4)
