@@ -13,7 +13,6 @@ from hvdnoise.report.reading import Study
 from hvdnoise.training.config import flat
 
 Entry = dict[str, Any]
-_EDGE = 0.02  # of the range
 
 
 def section(study: Study, key: str) -> Section:
@@ -47,10 +46,12 @@ def section(study: Study, key: str) -> Section:
 def headline(study: Study) -> str:
     """What was compared, on what, with how many runs and comparisons."""
     found, settings = study.results, flat(study.results.get("settings") or {})
+    about = str(found.get("about") or "").strip()
+    about += "" if about.endswith((".", "?", "!")) or not about else "."
     methods = {str(entry.get("method")) for entry in study.entries}
     sizes = [f"{size:g}" for size in figures.batches(study) if size]
     counts = found.get("runs") or {}
-    said = plural(len(methods), "method")
+    said = (about and f"{about} ") + plural(len(methods), "method")
     if sizes:
         said += f" at batch {' and '.join(sizes)}"
     on = [text(settings[name]) for name in ("model", "data.dataset") if settings.get(name)]
@@ -130,29 +131,11 @@ def methods_table(study: Study) -> Table:
                   "95% interval", "p", "p (Holm)"], rows)
 
 
-def edges(entry: Entry) -> list[str]:
-    """The chosen settings that lie at an end of what was searched."""
-    found = []
-    for name, space in (entry.get("search") or {}).items():
-        value = (entry.get("chosen") or {}).get(name)
-        if isinstance(space, list):
-            ends = sorted(each for each in space if math.isfinite(number(each)))
-            if len(ends) > 2 and value in (ends[0], ends[-1]):
-                found.append(name)
-        elif isinstance(space, dict):
-            low, high, at = (number(each) for each in (space.get("low"), space.get("high"), value))
-            if space.get("log") and min(low, high, at) > 0:
-                low, high, at = math.log(low), math.log(high), math.log(at)
-            if high > low and not _EDGE < (at - low) / (high - low) < 1 - _EDGE and at == at:
-                found.append(name)
-    return found
-
-
 def _settings(study: Study) -> Part:
     part = Part("Settings and versions")
     rows, at_edge = [], []
     for entry in study.entries:
-        atedge = edges(entry)
+        atedge = list(entry.get("edge") or [])
         at_edge += [f"{figures.label(study, entry)} ({name})" for name in atedge]
         rows.append([figures.label(study, entry), text(entry.get("settings") or {}),
                      "; ".join(f"{name}: {_space(space)}"
@@ -164,11 +147,11 @@ def _settings(study: Study) -> Part:
                                 ["method", "settings", "searched", "chosen", "trials",
                                  "at the edge"], rows, left=4))
     if at_edge:
-        part.words.append("Chosen at the edge of the searched range, so the best value may lie "
-                          "outside: " + "; ".join(at_edge) + ".")
+        part.words.append("Chosen at the edge of what was tried, so the best value may lie "
+                          "beyond: " + "; ".join(at_edge) + ".")
     found = study.results
     facts = {name.replace("_", " "): found[name] for name in
-             ("about", "baseline", "score", "ranks", "virtual_workers", "workers",
+             ("baseline", "score", "ranks", "virtual_workers", "workers",
               "trials_per_method", "tuning_seeds", "seeds") if found.get(name) is not None}
     facts.update(flat(found.get("settings") or study.settings))
     if facts:

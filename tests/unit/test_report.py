@@ -164,12 +164,16 @@ def test_a_failed_run_leaves_its_method_without_a_mean(tmp_path: Path) -> None:
     assert study_part.methods_table(study).rows[0][6:] == ["–"] * 4
 
 
-def test_choices_at_the_edge_of_the_range() -> None:
-    search = {"lr": {"low": 0.01, "high": 1.0, "log": True}, "radius": [0.1, 0.2, 0.4]}
-    for chosen, expected in (({"lr": 0.1, "radius": 0.2}, []), ({"lr": 0.0105}, ["lr"]),
-                             ({"lr": 1.0, "radius": 0.4}, ["lr", "radius"]), ({}, []),
-                             ({"lr": 0.05, "radius": 0.1}, ["radius"]), (None, [])):
-        assert study_part.edges({"search": search, "chosen": chosen}) == expected
+def test_choices_at_the_edge_of_what_was_tried(tmp_path: Path) -> None:
+    results = write_study(tmp_path / "a", methods=2, seeds=1, trials=2, epochs=1)
+    results["methods"][1]["edge"] = ["noise.radius"]
+    (tmp_path / "a" / "results.json").write_text(json.dumps(results))
+    part = study_part.section(read_study(tmp_path / "a", "a"), "a").parts[-1]
+    label = results["methods"][1]["label"]
+    assert part.words == ["Chosen at the edge of what was tried, so the best value may lie beyond: "
+                          f"{label} (noise.radius)."]
+    (table, *_) = [item for item in part.items if item.columns[-1] == "at the edge"]
+    assert [row[-1] for row in table.rows] == ["none", "noise.radius"]
 
 
 def test_the_figure_for_a_readme(study: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
