@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Makes a table of this folder again, with everything behind it:
+#
+#     docs/results/make.sh NAME [FLAG]...       NAME: a .yaml here without its ending, or lag
+#
+# The flags go to `hvdnoise study`, or to lag.py. A study can be stopped at any time; the same command
+# goes on. Its runs and its page stay in studies/NAME.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+name=${1-}
+if [[ $name == lag ]]; then
+    exec .venv/bin/python docs/results/lag.py --out docs/results/lag "${@:2}"
+elif [[ ! -f docs/results/$name.yaml ]]; then
+    studies=(docs/results/*.yaml)
+    studies=("${studies[@]#docs/results/}")
+    echo "make.sh: '$name' is no table: give lag or one of ${studies[*]%.yaml}" >&2
+    exit 2
+fi
+.venv/bin/hvdnoise study "docs/results/$name.yaml" "${@:2}"
+.venv/bin/hvdnoise report "studies/$name"
+mkdir -p "docs/results/$name"
+cp "studies/$name"/table.{md,csv} "studies/$name/report/figures/cost.svg" "docs/results/$name/"
