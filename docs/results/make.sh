@@ -18,6 +18,7 @@ elif [[ ! -f docs/results/$name.yaml ]]; then
     exit 2
 fi
 .venv/bin/hvdnoise study "docs/results/$name.yaml" "${@:2}"
+[[ " $* " != *" --dry_run"* ]] || exit 0
 .venv/bin/hvdnoise report "studies/$name"
 mkdir -p "docs/results/$name"
 cp "studies/$name"/table.{md,csv} "studies/$name/report/figures/cost.svg" "docs/results/$name/"
