@@ -42,6 +42,7 @@ def table(cells: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
     Args:
         left: so many columns are text, which goes to the left.
     """
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in cells]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = ["| " + " | ".join(
         cell.ljust(width) if column < left else cell.rjust(width)

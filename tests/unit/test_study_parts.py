@@ -18,6 +18,7 @@ from hvdnoise.training import job
 from hvdnoise.training.config import ConfigError, TrainConfig
 from hvdnoise.training.options import parse
 from hvdnoise.training.records import weights_digest
+from hvdnoise.training.results import table
 from tests.fake_world import ThreadWorld, run_threads
 
 # accuracies of ten seeds each
@@ -222,3 +223,8 @@ def test_a_plan_counts_its_runs(tmp_path: Path) -> None:
     assert [run.path for run in plan.trials()] == [
         f"runs/plain/b32/trial-0{trial}-seed-{seed}" for trial in range(3) for seed in (8, 9)]
     assert plan.count() == 6 + 2 * 3
+
+
+def test_a_bar_in_a_label_starts_no_column() -> None:
+    lines = table([["method", "n"], ["a | b", "2"]])
+    assert lines[2] == r"| a \| b | 2 |" and len({len(line) for line in lines}) == 1
