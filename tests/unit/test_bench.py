@@ -133,7 +133,7 @@ def test_a_registered_noise_is_a_variant(scaled: None) -> None:
 @pytest.mark.parametrize("name, says", [
     ("scald", "did you mean scaled"),
     ("scaled:fator=3", "'fator=3' is not an option here: give OPTION=VALUE, each of factor, "
-                       "radius, lr, relative, source, lag at most once"),
+                       "radius, lr, relative, share, source, lag, scope, per, echo at most once"),
     ("scaled:factor", "'factor' is not an option"), ("scaled:", "'' is not an option"),
     ("scaled:factor=1:factor=2", "at most once"), ("scaled:lag1", "'lag1' is not an option"),
     ("scaled:factor=big", "noise.factor=big is wrong: give a number"),
