@@ -212,9 +212,9 @@ HEADS = {"cos_stale_fresh": "cos(stale, fresh)", "cos_stale_moved": "cos(stale, 
 
 
 def mean(values: list[float]) -> str:
-    """The mean, and of several its standard error."""
-    error = f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):.2g}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3g}{error}"
+    """The mean, and of several that differ its standard error."""
+    error = np.std(values, ddof=1) / math.sqrt(len(values)) if len({*values}) > 1 else 0.0
+    return f"{np.mean(values):.3g}" + (f" ± {error:.2g}" if error else "")
 
 
 def lines(found: list[dict[str, Any]]) -> list[str]:
