@@ -1,4 +1,4 @@
-"""What a step's gradients and noise are like in norms: `optimizer.measured`.
+"""What a step's gradients and noise are like in norms: ``optimizer.measured``.
 
 The scale of a noise is told in three units. On the weights, with the displacements delta_i of the
 W workers and theta, the clean weights that the noise displaces:
