@@ -208,3 +208,12 @@ def wide(axes: Any, which: str, values: Any) -> None:
         middle = float(found.mean())
         side = abs(middle) * 0.1 or 1.0
         getattr(axes, f"set_{which}lim")(middle - side, middle + side)
+
+
+def roomy(axes: Any, values: Any) -> None:
+    """Room at both ends of the horizontal axis for what is drawn beside its place."""
+    found = np.asarray(values, dtype=float)
+    transform = axes.xaxis.get_transform()
+    low, high = transform.transform(np.array([found.min(), found.max()]))
+    side = 0.3 * (high - low) or 0.1 * abs(high) or 1.0
+    axes.set_xlim(*transform.inverted().transform(np.array([low - side, high + side])))

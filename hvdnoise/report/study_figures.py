@@ -30,9 +30,10 @@ def score_of(study: Study) -> Quantity:
 
 
 def label(study: Study, entry: Entry) -> str:
-    """The method's, with the batch where the study has several."""
+    """The method's, with the batch where the method has several."""
     name = " ".join(str(entry.get("label") or entry.get("method") or "unnamed").split())
-    return f"{name}, batch {entry.get('batch')}" if len(batches(study)) > 1 else name
+    several = sum(each.get("method") == entry.get("method") for each in study.entries) > 1
+    return f"{name}, batch {entry.get('batch')}" if several else name
 
 
 def batch_of(entry: Entry) -> float:

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from hvdnoise import cli
-from hvdnoise.report import cost_figure, study_part
-from hvdnoise.report.charts import Curve, Quantity, curves
+from hvdnoise.report import cost_figure, study_figures, study_part
+from hvdnoise.report.charts import Curve, Quantity, accuracy, curves
 from hvdnoise.report.drawing import DARK, LIGHT, style
+from hvdnoise.report.marks import Point, points
 from hvdnoise.report.numbers import POINTS, mean_and_error, mean_curve, number, thin
 from hvdnoise.report.parts import Graphic
 from hvdnoise.report.reading import read_run, read_study
@@ -183,6 +184,43 @@ def test_the_figure_for_a_readme(study: tuple[Path, dict[str, Any], str], tmp_pa
     assert "Gradient evaluations" in text and "--page" in text
     with pytest.raises(ValueError, match="not recorded"):
         cost_figure(study[0], tmp_path / "cost.svg", batch=7)
+    third = study[1]["methods"][2]["method"]
+    cost_figure(study[0], tmp_path / "cost.svg", methods=[third])
+    text = (tmp_path / "cost.svg").read_text()
+    assert ">third<" in text and ">plain<" not in text
+    with pytest.raises(ValueError, match="no method other"):
+        cost_figure(study[0], tmp_path / "cost.svg", methods=[third, "other"])
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_markers_of_one_cost_stand_side_by_side(joined: bool) -> None:
+    costs = {"a": 100.0, "b": 100.0, "c": 200.0, "d": 102.0}
+    drawn = points("cost", "Title", "Caption.", [
+        Point(label, style(number), cost, 0.5)
+        for number, (label, cost) in enumerate(costs.items())],
+        x=Quantity("Cost"), y=accuracy("Test"), joined=joined)
+    assert isinstance(drawn, Graphic)
+    found = [re.search(rf'<use[^>]* x="([\d.]+)" y="([\d.]+)"[^>]*var\(--series-{number}\)',
+                       drawn.inline) for number in range(4)]
+    assert len({each and each[2] for each in found}) == 1
+    a, b, c, d = (float(each[1]) for each in found if each)
+    if joined:
+        assert a == b < d < c
+        return
+    assert b - a == pytest.approx(12)  # points, as 1/72 inch
+    assert 12 < d - b < 20 and c - b > 100 and "one band" in drawn.caption
+    assert re.findall(r">(\d+)</text>", drawn.inline)[:2] == ["100", "200"]  # a tick each
+
+
+def test_a_batch_is_named_where_a_method_has_several(tmp_path: Path) -> None:
+    results = write_study(tmp_path / "a", methods=["plain", "other"], seeds=1, trials=1, epochs=1)
+    plain, other = results["methods"]
+    study = read_study(tmp_path / "a", "a")
+    study.results["methods"] = [plain, {**other, "batch": 7}]
+    assert [study_figures.label(study, each) for each in study.entries] == ["plain", "other"]
+    study.results["methods"] += [{**plain, "batch": 7}]
+    assert [study_figures.label(study, each) for each in study.entries] == [
+        f"plain, batch {plain['batch']}", "other", "plain, batch 7"]
 
 
 # ---------------------------------------------------------------------- runs
