@@ -20,7 +20,14 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import (
+    EngFormatter,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from hvdnoise.report.parts import Graphic, Table
 
@@ -36,6 +43,7 @@ FONTS = ('system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial,
 _MARKERS = "osD^vPX<>*hp"
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 WIDTH = 4.7  # inches of 72 units
+_ROOM = 0.3  # of the span of the values, at both ends of an axis
 _STYLE: Any = {"svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 9.5,
                "axes.edgecolor": LIGHT["muted"], "axes.labelcolor": LIGHT["text"],
                "text.color": LIGHT["text"], "xtick.color": LIGHT["muted"],
@@ -212,8 +220,22 @@ def wide(axes: Any, which: str, values: Any) -> None:
 
 def roomy(axes: Any, values: Any) -> None:
     """Room at both ends of the horizontal axis for what is drawn beside its place."""
-    found = np.asarray(values, dtype=float)
     transform = axes.xaxis.get_transform()
-    low, high = transform.transform(np.array([found.min(), found.max()]))
-    side = 0.3 * (high - low) or 0.1 * abs(high) or 1.0
+    low, high = transform.transform(np.array([min(values), max(values)], dtype=float))
+    side = _ROOM * (high - low) or 0.1 * abs(high) or 1.0
     axes.set_xlim(*transform.inverted().transform(np.array([low - side, high + side])))
+
+
+def least_distance(axes: Any, values: Any) -> float:
+    """Between any two of the places on a `roomy` horizontal axis, in points of 1/72 inch."""
+    found = np.sort(axes.xaxis.get_transform().transform(np.array(values, dtype=float)))
+    if len(found) < 2:
+        return math.inf
+    return float(np.diff(found).min() / np.ptp(found) / (1 + 2 * _ROOM) * 0.8 * 72 * WIDTH)
+
+
+def only_ticks(axes: Any, places: Sequence[float]) -> None:
+    """Ticks of the horizontal axis here and nowhere else, and no lines."""
+    axes.set_xticks(places)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(axis="x", visible=False)

@@ -23,6 +23,7 @@ _AT_THE_EDGE = (" A mark at the edge stands for a value off the axis, which is b
                 "run diverged.")
 _SIDE_BY_SIDE = " Markers on one band have the same cost, to 3%."
 _SPREAD = 84.0  # points of 1/72 inch, of the markers at one place
+_PLACES = 4  # at most, for markers to stand side by side
 _SAME = 0.03  # costs that differ by less than this share are drawn side by side
 
 
@@ -88,7 +89,7 @@ def points(key: str, title: str, caption: str, found: Sequence[Point], *, x: Qua
     shifts = {} if joined else _side_by_side(drawn.axes, groups, x)
     for label, group in groups.items():
         _marks(drawn.axes, group, names[label], focus, x, y, joined, shifts.get(label, 0.0))
-    if any(shifts.values()):
+    if shifts:
         caption += _SIDE_BY_SIDE
         drawing.roomy(drawn.axes, [each.x * x.scale for each in kept])
     y.apply(drawn.axes, "y", [each.y * y.scale for each in kept])
@@ -105,24 +106,28 @@ def points(key: str, title: str, caption: str, found: Sequence[Point], *, x: Qua
 
 
 def _side_by_side(axes: Any, groups: dict[str, list[Point]], x: Quantity) -> dict[str, float]:
-    """How far to the right each series is drawn, in points of 1/72 inch, so that those at one place
-    can be told apart; a band joins them, with the only tick of the place."""
+    """How far to the right each series is drawn, in points of 1/72 inch.
+
+    Where all are at a few places, those at one can so be told apart. A band joins them, and has the
+    only tick of the place.
+    """
     places: dict[float, list[str]] = {}
     for label, group in groups.items():
         for each in group:
             near = (place for place in places if math.isclose(place, each.x, rel_tol=_SAME))
             places.setdefault(next(near, each.x), []).append(label)
+    if len(places) > _PLACES or all(len(labels) == 1 for labels in places.values()):
+        return {}
+    room = min(_SPREAD, drawing.least_distance(axes, [place * x.scale for place in places]) - 18)
     shifts = {}
     for place, labels in places.items():
-        step = min(12.0, _SPREAD / max(1, len(labels) - 1))
+        step = min(12.0, max(0.0, room) / max(1, len(labels) - 1))
         shifts.update({label: step * (number - (len(labels) - 1) / 2)
                        for number, label in enumerate(labels) if len(groups[label]) == 1})
         if len(labels) > 1:
             axes.axvline(place * x.scale, color=drawing.LIGHT["grid"], alpha=0.45, zorder=0,
                          linewidth=step * (len(labels) - 1) + 14)
-    if any(shifts.values()) and len(places) <= 4:
-        axes.set_xticks([float(f"{place * x.scale:.3g}") for place in places])
-        axes.grid(axis="x", visible=False)
+    drawing.only_ticks(axes, [float(f"{place * x.scale:.3g}") for place in places])
     return shifts
 
 

@@ -33,6 +33,7 @@ def cost_figure(study: Path | str, path: Path | str, *, batch: int | None = None
         raise ValueError(f"{json.dumps(str(folder))} has no method {', '.join(sorted(missing))}")
     entries = [each for each in found.entries if batch in (None, each.get("batch"))
                and (not methods or each.get("method") in methods)]
+    found.results["methods"] = entries  # so that colours are given to these alone
     drawn = cost(found, entries, "gradient_evaluations", "cost")
     if isinstance(drawn, str):
         raise ValueError(f"{json.dumps(str(folder))}: {drawn}")

@@ -32,8 +32,12 @@ def score_of(study: Study) -> Quantity:
 def label(study: Study, entry: Entry) -> str:
     """The method's, with the batch where the method has several."""
     name = " ".join(str(entry.get("label") or entry.get("method") or "unnamed").split())
-    several = sum(each.get("method") == entry.get("method") for each in study.entries) > 1
-    return f"{name}, batch {entry.get('batch')}" if several else name
+    return f"{name}, batch {entry.get('batch')}" if has_several(study, entry) else name
+
+
+def has_several(study: Study, entry: Entry) -> bool:
+    """Whether the entry's method has several batches."""
+    return sum(each.get("method") == entry.get("method") for each in study.entries) > 1
 
 
 def batch_of(entry: Entry) -> float:
@@ -134,8 +138,8 @@ def differences(study: Study) -> Graphic | str:
 def batch_sizes(study: Study) -> Graphic | str:
     """The score against the batch, a line for each method."""
     sizes = batches(study)
-    if len(sizes) < 2:
-        return "Accuracy against batch size: the study has one batch size."
+    if not any(has_several(study, entry) for entry in study.entries):
+        return "Accuracy against batch size: no method has several."
     first = {str(entry.get("method")): entry for entry in reversed(study.entries)}
     found = [Point(str(entry.get("label") or entry.get("method")),
                    look(study, first[str(entry.get("method"))]), batch_of(entry),

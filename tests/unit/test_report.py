@@ -188,6 +188,7 @@ def test_the_figure_for_a_readme(study: tuple[Path, dict[str, Any], str], tmp_pa
     cost_figure(study[0], tmp_path / "cost.svg", methods=[third])
     text = (tmp_path / "cost.svg").read_text()
     assert ">third<" in text and ">plain<" not in text
+    assert "var(--series-1)" in text and "var(--series-2)" not in text  # the first colour
     with pytest.raises(ValueError, match="no method other"):
         cost_figure(study[0], tmp_path / "cost.svg", methods=[third, "other"])
 
@@ -210,6 +211,21 @@ def test_markers_of_one_cost_stand_side_by_side(joined: bool) -> None:
     assert b - a == pytest.approx(12)  # points, as 1/72 inch
     assert 12 < d - b < 20 and c - b > 100 and "one band" in drawn.caption
     assert re.findall(r">(\d+)</text>", drawn.inline)[:2] == ["100", "200"]  # a tick each
+
+
+def test_markers_of_many_costs_stay_at_their_places() -> None:
+    def places(costs: list[float]) -> list[float]:
+        drawn = points("cost", "Title", "Caption.", [
+            Point(f"m{number}", style(number), cost, 0.5) for number, cost in enumerate(costs)],
+            x=Quantity("Cost"), y=accuracy("Test"))
+        assert isinstance(drawn, Graphic)
+        return [float(re.findall(rf'<use[^>]* x="([\d.]+)"[^>]*var\(--series-{number}\)',
+                                 drawn.inline)[0]) for number in range(len(costs))]
+    spread = places([100.0, 101.0, 120.0, 140.0, 160.0, 180.0])
+    assert 0 < spread[1] - spread[0] < 5
+    # bands do not overlap: the last marker of one is left of the first of the next
+    near = places([100.0] * 3 + [130.0] * 3)
+    assert near == sorted(near) and near[3] - near[2] >= 14
 
 
 def test_a_batch_is_named_where_a_method_has_several(tmp_path: Path) -> None:
