@@ -21,4 +21,9 @@ fi
 [[ " $* " != *" --dry_run"* ]] || exit 0
 .venv/bin/hvdnoise report "studies/$name"
 mkdir -p "docs/results/$name"
-cp "studies/$name"/table.{md,csv} "studies/$name/report/figures/cost.svg" "docs/results/$name/"
+cp "studies/$name"/{table.md,table.csv,report/runs.csv,report/figures/cost.svg} "docs/results/$name/"
+if [[ $name == mlp-noisy ]]; then # the figure of README.md
+    .venv/bin/python -c 'from hvdnoise.report import cost_figure
+cost_figure("studies/mlp-noisy", "docs/results/mlp-noisy/headline.svg", methods=[
+    "plain-small", "plain", "gnc-own", "gnc-isotropic", "cov-full", "sam", "echo-gnc"])'
+fi
