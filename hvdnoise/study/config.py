@@ -31,6 +31,8 @@ class MethodConfig:
         search: over the study's; a range {low, high, log} or a list of choices by setting.
         batches: in place of the study's.
         virtual_workers: in place of the study's.
+        weights: whose accuracy counts, at the choice and in the table: the final ones, or their
+            moving average (the setting ema).
     """
 
     label: str | None = None
@@ -38,6 +40,7 @@ class MethodConfig:
     search: dict[str, Any] = field(default_factory=dict)
     batches: list[int] | None = None
     virtual_workers: int | None = None
+    weights: Literal["final", "ema"] = "final"
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class StudyConfig:
         settings: of hvdnoise train, of every run.
         search: what is searched for every method: a range {low, high, log} or a list of choices by
             setting, as {optim.lr: {low: 0.01, high: 1.0, log: true}}.
-        methods: by name: label, settings, search, batches, virtual_workers.
+        methods: by name: label, settings, search, batches, virtual_workers, weights.
         baseline: the method that the others are compared with.
         batches: examples of all workers per step.
         ranks: R, of every run.

@@ -35,6 +35,7 @@ class Cell:
         points: the settings of each trial; one alone is chosen without a trial.
         complete: every setting of a run, by flag, but for what is searched and the seed.
         classes: of the data set.
+        weights: whose accuracy counts.
     """
 
     method: str
@@ -47,6 +48,11 @@ class Cell:
     points: list[Point]
     complete: dict[str, Any]
     classes: int
+    weights: str
+
+    def score(self, of: str) -> str:
+        """The key of a run's summary for the accuracy that counts, of "test" or "validation"."""
+        return f"{'ema_' if self.weights == 'ema' else ''}{of}_accuracy"
 
     @property
     def tunes(self) -> bool:
@@ -156,11 +162,13 @@ def _cell(config: StudyConfig, name: str, method: MethodConfig, batch: int, read
     trained = [read(_nested({**given, **point})) for point in points]
     for each in trained:
         validate(replace(each, device="auto") if config.dry_run else each, config.ranks)
+    require(method.weights == "final" or all(each.ema for each in trained), "weights",
+            method.weights, "the runs have no moving average: add ema to settings, as 0.999")
     own = flat(several_noises(method.settings))
     complete = {key: value for key, value in flatten(trained[0]).items() if key not in axes}
     data = trained[0].data
     return Cell(name, method.label or name, batch, virtual, own, given, axes, points, complete,
-                data.record.count(data)[1])
+                data.record.count(data)[1], method.weights)
 
 
 def _nested(values: dict[str, Any]) -> dict[str, Any]:

@@ -34,16 +34,16 @@ Entry = dict[str, Any]
 
 
 def validation_score(run: Run, state: State) -> float | None:
-    """Of the final weights on validation images; chance where it diverged; None without a run.
+    """Of the weights that count on validation images; chance where it diverged; None without a run.
 
     Raises:
         ConfigError: when the run has ended and says none.
     """
-    return _score(run, state, "validation_accuracy")
+    return _score(run, state, "validation")
 
 
-def _score(run: Run, state: State, key: str) -> float | None:
-    found = state.of(run)
+def _score(run: Run, state: State, of: str) -> float | None:
+    found, key = state.of(run), run.cell.score(of)
     if not found.ended:
         return None
     if found.state == "diverged":
@@ -112,6 +112,7 @@ def _entry(plan: Plan, cell: Cell, state: State) -> Entry:
     return {"method": cell.method, "label": cell.label, "batch": cell.batch,
             "virtual_workers": cell.virtual_workers,
             "workers": cell.virtual_workers * plan.config.ranks, "settings": cell.own,
+            "weights": cell.weights,
             "search": search.as_json(cell.axes), "trials": trials, "chosen": chosen,
             "edge": search.edges(cell.axes, cell.points, chosen) if cell.tunes and chosen else [],
             "finals": finals, "mean": mean, "error": error, "n": len(scores),
@@ -122,7 +123,7 @@ def _entry(plan: Plan, cell: Cell, state: State) -> Entry:
 def _final(run: Run, state: State) -> Entry:
     summary = state.of(run).summary
     return {"run": run.path, "seed": run.seed, "outcome": state.outcome(run),
-            "score": _score(run, state, SCORE), **{key: summary.get(key) for key in _KEPT}}
+            "score": _score(run, state, "test"), **{key: summary.get(key) for key in _KEPT}}
 
 
 def _compare(config: StudyConfig, entries: Sequence[Entry]) -> int:
@@ -174,6 +175,9 @@ def text(results: dict[str, Any], level: float) -> str:
                      f"{results['chance']:.4g}.")
     if results["runs"]["failed"]:
         lines.append("A method with a final that failed has no mean until that is run again.")
+    averaged = [entry["label"] for entry in results["methods"] if entry["weights"] == "ema"]
+    if averaged:
+        lines.append(f"The moving average of the weights counts in: {'; '.join(averaged)}.")
     for entry in results["methods"]:
         other = entry["versus_baseline"]
         if other and other["batch"] != entry["batch"]:

@@ -13,7 +13,7 @@ from hvdnoise.study.runs import State
 def run_text(run: Run, state: State) -> str:
     """Which run, and its score."""
     kind = "final" if run.trial is None else f"trial {run.trial}"
-    key = "test_accuracy" if run.trial is None else "validation_accuracy"
+    key = run.cell.score("test" if run.trial is None else "validation")
     found = state.of(run)
     score = found.summary.get(key)
     said = "diverged" if found.state == "diverged" else key.replace("_", " ") + (

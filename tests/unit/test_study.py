@@ -98,6 +98,20 @@ def test_a_whole_study(capsys: pytest.CaptureFixture[str]) -> None:
                                                                "studies/my/table.csv"))]
 
 
+def test_the_moving_average_of_the_weights_counts_where_a_method_says_so(
+        capsys: pytest.CaptureFixture[str]) -> None:
+    averaged = {"settings": {"ema": 0.9}}
+    assert study(methods={"plain": averaged, "mean": {**averaged, "weights": "ema"}}) == 0
+    plain, mean = entry("plain"), entry("mean")
+    assert plain["chosen"] == {"optim.lr": .1} and mean["chosen"] == {"optim.lr": .3162}
+    assert plain["mean"] == pytest.approx(.9015) and mean["mean"] == pytest.approx(.9115, abs=1e-4)
+    assert [trial["validation_accuracy"] for trial in mean["trials"]] == pytest.approx(
+        [.761, .711, .811], abs=1e-4)
+    assert "mean, batch 32, final, seed 2: ema test accuracy 0.9120" in capsys.readouterr().out
+    table = Path("studies/my/table.md").read_text()
+    assert "The moving average of the weights counts in: mean." in table
+
+
 @pytest.mark.slow
 def test_the_choice_at_an_edge_and_ties_to_the_lower_rate() -> None:
     assert study(search={"optim.lr": [1.0, 10.0]}, trials=2) == 0
@@ -282,6 +296,9 @@ def test_one_study_at_a_time(tmp_path: Path) -> None:
     ({"methods": {"plain": {"lable": "x"}}}, "methods.plain: unknown setting 'lable': did you "
      "mean label?"),
     ({"methods": {"plain": {}, "b/c": {}}}, "methods='b/c' is wrong"),
+    ({"methods": {"plain": {"weights": "ema"}}}, "weights=ema is wrong: the runs have no moving "
+     "average"),
+    ({"methods": {"plain": {"weights": "best"}}}, "weights=best is wrong: give one of"),
     ({"methods": {"plain": {"settings": {"modle": "mlp"}}}}, "methods.plain, batch 32: unknown "
      "setting 'modle'"),
     ({"methods": {"plain": {"settings": {"seed": 3}}}}, "settings=seed is wrong: the study sets "
