@@ -28,9 +28,10 @@ def cost_figure(study: Path | str, path: Path | str, *, batch: int | None = None
     folder = Path(study)
     folder = folder.parent if folder.name == "results.json" else folder
     found = read_study(folder, folder.name)
-    missing = set(methods) - {each.get("method") for each in found.entries}
-    if missing:
-        raise ValueError(f"{json.dumps(str(folder))} has no method {', '.join(sorted(missing))}")
+    known = [str(each.get("method")) for each in found.entries]
+    if missing := sorted(set(methods) - set(known)):
+        raise ValueError(f"{json.dumps(str(folder))} has no method {', '.join(missing)}: give some "
+                         f"of {', '.join(dict.fromkeys(known))}")
     entries = [each for each in found.entries if batch in (None, each.get("batch"))
                and (not methods or each.get("method") in methods)]
     found.results["methods"] = entries  # so that colours are given to these alone
