@@ -4,7 +4,7 @@
 #     launch/test.sh [--quick] [PYTEST OPTION]...
 #
 #   --quick   without the reference and of the tests those alone that are quick
-#             and start no ranks: under 2 minutes. It comes first.
+#             and start no ranks: about 5 minutes. It comes first.
 #
 # Further options go to pytest, for instance: launch/test.sh tests/unit -k noise
 set -euo pipefail
