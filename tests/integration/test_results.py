@@ -28,7 +28,7 @@ def test_every_study_can_be_run(path: Path, tmp_path: Path) -> None:
                              "2"]))  # checks every run
     tuned = [cell for cell in plan.cells if cell.tunes]
     assert len(tuned) == len(plan.cells)
-    assert len(plan.config.final_seeds) >= 3
+    assert len(plan.config.final_seeds) >= (3 if path.stem == "resnet20" else 5)
     assert not {*plan.config.final_seeds} & {*plan.config.tuning_seeds}
     for cell in plan.cells:  # as many gradients for all but SAM
         passes = cell.complete["epochs"] * cell.complete["data.repeat"]
