@@ -219,11 +219,15 @@ def wide(axes: Any, which: str, values: Any) -> None:
 
 
 def roomy(axes: Any, values: Any) -> None:
-    """Room at both ends of the horizontal axis for what is drawn beside its place."""
+    """Room at both ends of the horizontal axis for what is drawn beside its place.
+
+    A constant has it by `wide`.
+    """
     transform = axes.xaxis.get_transform()
     low, high = transform.transform(np.array([min(values), max(values)], dtype=float))
-    side = _ROOM * (high - low) or 0.1 * abs(high) or 1.0
-    axes.set_xlim(*transform.inverted().transform(np.array([low - side, high + side])))
+    side = _ROOM * (high - low)
+    if side > 0:
+        axes.set_xlim(*transform.inverted().transform(np.array([low - side, high + side])))
 
 
 def least_distance(axes: Any, values: Any) -> float:

@@ -7,7 +7,7 @@ axis for the others, its mark stands on the axis' edge, with its value in words.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Sequence
 
 import numpy as np
@@ -79,19 +79,20 @@ def points(key: str, title: str, caption: str, found: Sequence[Point], *, x: Qua
     kept = [each for each in found if math.isfinite(each.x) and math.isfinite(each.y)]
     if not kept:
         return title + NOT_RECORDED
+    shown = kept if joined else _at_few_places(kept)
     groups: dict[str, list[Point]] = {}
-    for each in kept:
+    for each in shown:
         groups.setdefault(each.label, []).append(each)
     focus = _focus([(each.y, *_ends(each.y, each.y_error), each.lost) for each in kept])
     names = {label: _beyond(label, group, focus, y) for label, group in groups.items()}
     drawn = Drawing(labels=list(names.values()))
-    x.apply(drawn.axes, "x", [each.x * x.scale for each in kept])
+    x.apply(drawn.axes, "x", [each.x * x.scale for each in shown])
     shifts = {} if joined else _side_by_side(drawn.axes, groups, x)
     for label, group in groups.items():
         _marks(drawn.axes, group, names[label], focus, x, y, joined, shifts.get(label, 0.0))
     if shifts:
         caption += _SIDE_BY_SIDE
-        drawing.roomy(drawn.axes, [each.x * x.scale for each in kept])
+        drawing.roomy(drawn.axes, [each.x * x.scale for each in shown])
     y.apply(drawn.axes, "y", [each.y * y.scale for each in kept])
     if focus:
         caption += _AT_THE_EDGE
@@ -105,6 +106,17 @@ def points(key: str, title: str, caption: str, found: Sequence[Point], *, x: Qua
         f"{title}: the numbers", ["series", x.label, "its error", y.label, "its error"], rows))
 
 
+def _at_few_places(found: Sequence[Point]) -> list[Point]:
+    """The points, those of nearly one place at one, where there are few places in all."""
+    places: list[float] = []
+    moved = []
+    for each in found:
+        near = (place for place in places if math.isclose(place, each.x, rel_tol=_SAME))
+        moved.append(replace(each, x=next(near, each.x)))
+        places += [each.x] * (moved[-1].x not in places)
+    return moved if len(places) <= _PLACES else list(found)
+
+
 def _side_by_side(axes: Any, groups: dict[str, list[Point]], x: Quantity) -> dict[str, float]:
     """How far to the right each series is drawn, in points of 1/72 inch.
 
@@ -114,8 +126,7 @@ def _side_by_side(axes: Any, groups: dict[str, list[Point]], x: Quantity) -> dic
     places: dict[float, list[str]] = {}
     for label, group in groups.items():
         for each in group:
-            near = (place for place in places if math.isclose(place, each.x, rel_tol=_SAME))
-            places.setdefault(next(near, each.x), []).append(label)
+            places.setdefault(each.x, []).append(label)
     if len(places) > _PLACES or all(len(labels) == 1 for labels in places.values()):
         return {}
     room = min(_SPREAD, drawing.least_distance(axes, [place * x.scale for place in places]) - 18)
