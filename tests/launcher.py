@@ -29,7 +29,8 @@ MARKER = "HVDNOISE_TEST_LAUNCH"
 LEFTOVER_SECONDS = 5.0  # what processes have to be gone in once the launcher has ended
 TAIL = 4000
 
-_HOROVODRUN = [str(BIN / "horovodrun"), "--disable-cache", "--network-interface", "lo"]
+_HOROVODRUN = [sys.executable, str(ROOT / "tests" / "horovodrun.py"), "--disable-cache",
+               "--network-interface", "lo"]
 LAUNCHERS = {"none": [], "gloo": [*_HOROVODRUN, "--gloo"], "mpi": [*_HOROVODRUN, "--mpi"],
              "mpirun": [str(BIN / "mpirun")]}
 
