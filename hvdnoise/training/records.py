@@ -13,6 +13,7 @@
                              the test images), moving average
     RUN/checkpoints/         see `hvdnoise.training.checkpoint`
     RUN/logs/rank-N.log      every rank's own
+    RUN/lock-N.json          who trains in the folder now (`hvdnoise.training.folder_lock`)
     RUN/measure/             what `hvdnoise measure` found of the weights; see docs/measure.md
     RUN/report/              the page of `hvdnoise report`; see docs/report.md
 
@@ -41,17 +42,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvdnoise.training import plugins
+from hvdnoise.training import folder_lock, plugins
 from hvdnoise.training.progress import log
 
-_OF_A_RUN = ("config.yaml", "environment.json", "metrics.jsonl", "preempted.json", "summary.json",
-             "weights.pt", "weights-best.pt", "weights-ema.pt", "checkpoints", "logs", "measure",
-             "report", "tensorboard")
+_OF_A_RUN = ("environment.json", "metrics.jsonl", "preempted.json", "summary.json", "weights.pt",
+             "weights-best.pt", "weights-ema.pt", "checkpoints", "logs", "measure", "report",
+             "tensorboard", "config.yaml")  # the last tells that there is a run
 
 
 def is_run(folder: Path) -> bool:
     """Whether ``folder`` holds a run (finished or not)."""
     return (folder / "config.yaml").is_file()
+
+
+def is_free(folder: Path) -> bool:
+    """Whether ``folder`` holds nothing but what a run that was killed at its start leaves."""
+    return all(folder_lock.is_name(path.name) or path.name == "config.yaml.part"
+               for path in folder.iterdir())
 
 
 def clear(folder: Path) -> None:

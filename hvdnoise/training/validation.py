@@ -141,7 +141,8 @@ def _check_names(config: TrainConfig, size: int) -> None:
 
 
 def _check_folders(config: TrainConfig, size: int) -> None:
-    from hvdnoise.training.records import is_run
+    from hvdnoise.training.folder_lock import owner_in
+    from hvdnoise.training.records import is_free, is_run
     resumes = config.resume != "never"
     require(not (resumes and config.overwrite), "overwrite", config.overwrite,
             f"it contradicts resume={config.resume}; leave one out")
@@ -156,9 +157,11 @@ def _check_folders(config: TrainConfig, size: int) -> None:
         return
     folder = Path(config.run_dir)
     require(folder.is_dir() or not folder.exists(), "run_dir", folder, "it is not a folder")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and not is_free(folder):
         require(is_run(folder), "run_dir", folder,
                 "the folder is not empty and holds no run; give a new one")
+        owner = owner_in(folder)
+        at_work = f", at which {owner} works" if owner is not None else ""
         require(resumes or config.overwrite, "run_dir", folder,
-                "it holds a run already; give a new one, or --resume auto to go on with it, or "
-                "--overwrite to replace it")
+                f"it holds a run already{at_work}; give a new one, or --resume auto to go on with "
+                "it, or --overwrite to replace it")
