@@ -140,7 +140,8 @@ def problem(path: Path, mine: Owner) -> str | None:
     other = owner_in(folder)
     if other is not None and other.token != mine.token:
         return f"the run folder {folder} was taken over by {other}"
-    return f"the run folder {folder} has lost its {path.name}: somebody removed or changed it"
+    return (f"the run folder {folder} has lost its {path.name}: another run has been in it since, "
+            "or somebody removed it")
 
 
 def is_of(path: Path, token: str) -> bool:

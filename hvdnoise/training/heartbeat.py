@@ -47,6 +47,7 @@ class FolderLock:
     def __init__(self, folder: Path, on_loss: Callable[[], None]) -> None:
         self.path, self._descriptor, self.owner = folder_lock.take(folder)
         self._on_loss = on_loss
+        self._beaten = time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="hvdnoise-folder", daemon=True)
         self._thread.start()
@@ -54,6 +55,10 @@ class FolderLock:
     def problem(self) -> str | None:
         """Why the lock is no longer this process's; None while it is."""
         return folder_lock.problem(self.path, self.owner)
+
+    def is_ours(self) -> bool:
+        """Quick: asks the file system only when the heartbeat is late, as after SIGSTOP."""
+        return time.monotonic() - self._beaten < 3 * BEAT_SECONDS or self.problem() is None
 
     def release(self) -> None:
         """Give the folder to others; what is another's by now stays."""
@@ -84,6 +89,7 @@ class FolderLock:
                     print(f"hvdnoise: error: {problem} (rank 0)", file=sys.stderr, flush=True)
                     os._exit(1)
                 return
+            self._beaten = time.monotonic()
 
 
 def check(lock: FolderLock | None, world: World) -> None:

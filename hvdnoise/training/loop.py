@@ -32,6 +32,7 @@ from hvdnoise.training.progress import Progress, log
 from hvdnoise.training.records import Records
 from hvdnoise.training.resume import find_source, restore
 from hvdnoise.training.runfolder import call_or_raise, hold_folder, open_folder
+from hvdnoise.training.validation import check_run_dir
 
 MEASURES_PER_LINE = 4  # steps of a log interval whose norms are measured
 
@@ -60,6 +61,7 @@ def run(config: TrainConfig, world: World, device: torch.device, preemption: Pre
 def _run(job: Job, folder: Path, preemption: Preemption) -> int:
     """`run`, once the folder is this run's. Collective."""
     config, world = job.config, job.world
+    call_or_raise(world, lambda: check_run_dir(config))  # it may have come meanwhile
     source = find_source(job)
     if source is None:
         align(job)
@@ -71,7 +73,8 @@ def _run(job: Job, folder: Path, preemption: Preemption) -> int:
         log.info("resumed at step %d", at.step)
     records = Records(folder, rank=world.rank, tensorboard=config.tensorboard,
                       resumed_at=None if config.resume == "never" else at.step,
-                      again=_scored_again(job))
+                      again=_scored_again(job),
+                      is_ours=job.lock.is_ours if job.lock is not None else lambda: True)
     progress = Progress(config.progress, rank=world.rank, total=job.total_steps, done=at.step)
     log.info("%d ranks x %d workers x %d examples, %d steps, in %s", world.size,
              config.virtual_workers, job.batches.worker, job.total_steps, folder)

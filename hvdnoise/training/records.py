@@ -37,7 +37,7 @@ import sys
 from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from torch import Tensor
@@ -171,15 +171,16 @@ class Records:
         resumed_at: a step: what an earlier process wrote about later steps is dropped.
         again: kinds of which the lines of that step are dropped too: they will be written anew.
         tensorboard: whether to write events too.
+        is_ours: whether the folder is still this run's, asked before each line.
     """
 
     def __init__(self, folder: Path, *, rank: int, resumed_at: int | None, tensorboard: bool,
-                 again: Collection[str] = ()) -> None:
+                 again: Collection[str] = (), is_ours: Callable[[], bool] = lambda: True) -> None:
         self.folder = folder
         self._path = folder / "metrics.jsonl"
         self._events: Any = None
         self._failed: set[str] = set()
-        self._active = rank == 0
+        self._active, self._is_ours = rank == 0, is_ours
         if self._active and resumed_at is not None:
             self._attempt("metrics.jsonl", lambda: self._drop_after(resumed_at, again))
         if self._active and tensorboard:
@@ -200,7 +201,7 @@ class Records:
 
     def write(self, kind: str, step: int, values: dict[str, float | int | None]) -> None:
         """Record numbers of a step; what is not finite is recorded as null."""
-        if not self._active:
+        if not self._active or not self._is_ours():
             return
         clean = {key: value if value is not None and math.isfinite(value) else None
                  for key, value in values.items()}

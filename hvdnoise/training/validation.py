@@ -142,7 +142,6 @@ def _check_names(config: TrainConfig, size: int) -> None:
 
 def _check_folders(config: TrainConfig, size: int) -> None:
     from hvdnoise.training.folder_lock import owner_in
-    from hvdnoise.training.records import is_free, is_run
     resumes = config.resume != "never"
     require(not (resumes and config.overwrite), "overwrite", config.overwrite,
             f"it contradicts resume={config.resume}; leave one out")
@@ -153,6 +152,21 @@ def _check_folders(config: TrainConfig, size: int) -> None:
     require(config.resume in ("never", "auto") or Path(config.resume).is_dir(), "resume",
             config.resume, "there is no such folder; give never, auto or the path of a checkpoint "
             "or run")
+    if config.run_dir is not None:
+        owner = owner_in(Path(config.run_dir))
+        check_run_dir(config, f", at which {owner} works" if owner is not None else "")
+
+
+def check_run_dir(config: TrainConfig, at_work: str = "") -> None:
+    """Check that what is in ``run_dir`` may be there.
+
+    Args:
+        at_work: words for who is in the folder.
+
+    Raises:
+        ConfigError: one line with the remedy.
+    """
+    from hvdnoise.training.records import is_free, is_run
     if config.run_dir is None:
         return
     folder = Path(config.run_dir)
@@ -160,8 +174,6 @@ def _check_folders(config: TrainConfig, size: int) -> None:
     if folder.is_dir() and not is_free(folder):
         require(is_run(folder), "run_dir", folder,
                 "the folder is not empty and holds no run; give a new one")
-        owner = owner_in(folder)
-        at_work = f", at which {owner} works" if owner is not None else ""
-        require(resumes or config.overwrite, "run_dir", folder,
+        require(config.resume != "never" or config.overwrite, "run_dir", folder,
                 f"it holds a run already{at_work}; give a new one, or --resume auto to go on with "
                 "it, or --overwrite to replace it")
