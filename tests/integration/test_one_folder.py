@@ -43,15 +43,14 @@ def contents(folder: Path) -> set[str]:
 
 def test_a_second_job_is_refused_and_a_killed_one_is_followed(tmp_path: Path, settings: Path
                                                               ) -> None:
-    """The second in its way, whatever it is told; bits are compared in test_resume.py."""
+    """Other flags of the second job: test_folder_lock.py; bits: test_resume.py."""
     folder, refusals = tmp_path / "run", []
     found: dict[str, Any] = {}
-    flags = ["--checkpoint.every_epochs", "0", "--eval_every", "0"]
+    flags = ["--checkpoint.every_epochs", "0", "--checkpoint.every_steps", "0", "--eval_every", "0"]
 
     def intrude() -> None:
         found["owner"], before = rank_pid(folder, 0), contents(folder)
-        refusals.extend(train(1, folder, settings, flag) for flag in ("--overwrite",
-                                                                      "--resume=auto"))
+        refusals.append(train(1, folder, settings, "--overwrite"))
         found["new"] = contents(folder) - before
         signal_ranks(folder, signal.SIGKILL, 0, 1)()
     watcher = at_step(folder, 8, intrude)
