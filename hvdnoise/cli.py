@@ -104,13 +104,12 @@ def _train(arguments: Sequence[str], launched: dict[str, int]) -> int:
     from hvdnoise.training.validation import validate
     validate(config, launched["size"])
 
-    from hvdnoise.training import loop
-    from hvdnoise.training.config import identity
+    from hvdnoise.training import agreement, loop
     from hvdnoise.training.preemption import Preemption
     preemption = Preemption()
     process.set_threads(config.threads, launched["local_size"])
     process.be_deterministic()
-    return _in_world(launched, identity(config), lambda world: loop.run(
+    return _in_world(launched, agreement.settings(config), lambda world: loop.run(
         config, world, process.pick_device(config.device, world), preemption),
         group_size=config.group_size(launched["local_size"]))
 
@@ -208,6 +207,7 @@ def _doctor(arguments: Sequence[str], launched: dict[str, int]) -> int:
 def _in_world(launched: dict[str, int], facts: dict[str, Any],
               action: Callable[[comm.World], int], *, group_size: int | None = None) -> int:
     """Start Horovod, see that all ranks agree on ``facts``, run, and end whatever happens."""
+    from hvdnoise.training.agreement import environment
     from hvdnoise.training.checkpoint import CheckpointError
     from hvdnoise.training.dataspec import DataError
     from hvdnoise.training.loop import Diverged
@@ -219,7 +219,7 @@ def _in_world(launched: dict[str, int], facts: dict[str, Any],
         world = comm.init(group_size=group_size)
         rank = world.rank
         try:
-            _handshake(world, {**versions(), **facts})
+            _handshake(world, {**versions(), **environment(), **facts})
             code = action(world)
         except (ConfigError, DataError) as error:
             code = process.fail_together(str(error), world, process.EXIT_BAD_INPUT)

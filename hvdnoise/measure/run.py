@@ -23,7 +23,7 @@ from hvdnoise.training.config import ConfigError, TrainConfig, flatten
 from hvdnoise.training.progress import log
 from hvdnoise.training.records import versions, weights_digest
 from hvdnoise.training.results import make_folder
-from hvdnoise.training.runfolder import call_or_raise
+from hvdnoise.training.together import call_or_raise
 
 T = TypeVar("T")
 FORMAT = 1

@@ -136,7 +136,7 @@ _FREE = {"epochs", "max_bad_steps", "eval_every", "score_train", "device", "thre
          "run_dir", "overwrite", "resume", "resume_resize", "log_every", "spectrum_every",
          "tensorboard", "progress",
          "checkpoint.every_steps", "checkpoint.every_epochs", "checkpoint.keep", "data.root",
-         "data.download", "data.loader_workers"}
+         "data.download", "data.loader_workers", "data.digest"}
 # What it may change with resume_resize.
 _SIZES = {"virtual_workers", "global_batch", "data.batch_size", "accumulate"}
 

@@ -58,6 +58,9 @@ class DataConfig:
             labels of validation and test images stay as they are.
         repeat: draw each batch so many times in a row, with the same augmentation. An epoch is a
             pass over the images and has so many times the steps.
+        digest: what ranks compare of a data set before they train. Labels always, and of image
+            folders names and sizes; of the images all where they are few, else a sample; whole:
+            all of them.
 
     Raises:
         DataError: at construction, when a value is out of range or does not fit the data set.
@@ -77,6 +80,7 @@ class DataConfig:
     limit: int | None = None
     label_noise: float = 0.0
     repeat: int = 1
+    digest: Literal["sample", "whole"] = "sample"
 
     def __post_init__(self) -> None:
         if self.dataset not in DATASETS:

@@ -17,7 +17,9 @@ from torchvision.transforms import v2 as transforms
 
 from hvdnoise import streams
 from hvdnoise.training.errors import DataError
-from hvdnoise.training.images import Images
+from hvdnoise.training.images import SAMPLE, Images, content_name, digest_of, spread
+
+MODERATE_BYTES = 32 << 20  # of all files together that are read whole
 
 
 class FolderImages(Images):
@@ -36,6 +38,7 @@ class FolderImages(Images):
                  std: Sequence[float], seed: int) -> None:
         super().__init__(mean, std, seed)
         found = datasets.ImageFolder(folder)
+        self._folder = folder
         self.samples: list[tuple[str, int]] = found.samples
         self.labels = np.array(found.targets, dtype=np.int64)
         self.classes: list[str] = found.classes
@@ -49,6 +52,22 @@ class FolderImages(Images):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def digests(self, *, whole: bool) -> dict[str, str]:
+        """Of labels, names and sizes, and of the files as they are: all of them where they are
+        small together, else those of `SAMPLE` images."""
+        paths = [path for path, _ in self.samples]
+        sizes = [os.stat(path).st_size for path in paths]
+        names = hashlib.sha256()
+        for path, size in zip(paths, sizes):
+            names.update(f"{os.path.relpath(path, self._folder)}\0{size}\n".encode(
+                errors="surrogateescape"))
+        whole |= sum(sizes) <= MODERATE_BYTES
+        content = hashlib.sha256()
+        for place in range(len(paths)) if whole else spread(len(paths), SAMPLE):
+            content.update(Path(paths[place]).read_bytes())
+        return {"labels": digest_of(self.labels), "names and sizes": names.hexdigest(),
+                content_name(whole): content.hexdigest()}
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """The PIL image, as it is in the file but RGB, and its label."""

@@ -7,6 +7,7 @@ epoch None they are not. `data_set[index]` gives one image as it is stored, for 
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,9 @@ from torch.utils.data import Dataset
 
 from hvdnoise import streams
 from hvdnoise.training.augment import crop_and_flip, example_bits
+
+SAMPLE = 64  # images, where not all are read for a digest
+MODERATE_BYTES = 256 << 20  # of images in memory that are read whole
 
 
 class Images(Dataset[tuple[Any, int]]):
@@ -51,6 +55,40 @@ class Images(Dataset[tuple[Any, int]]):
         """(b, C, H, W) uint8 -> float32 with mean 0 and standard deviation 1 per channel."""
         return images.float().mul_(self._scale).add_(self._shift)
 
+    def digests(self, *, whole: bool) -> dict[str, str]:
+        """SHA-256 of the labels and of the images, by what they are of.
+
+        Here of the batches of `SAMPLE` images spread over the set, or of all. A set that has its
+        images at hand in another form may do it faster.
+
+        Raises:
+            OSError: when a file cannot be read.
+        """
+        chosen = range(len(self)) if whole else spread(len(self), SAMPLE)
+        total = hashlib.sha256()
+        for first in range(0, len(chosen), SAMPLE):
+            images, _ = self.batch(chosen[first:first + SAMPLE], None)
+            total.update(images.numpy().tobytes())
+        return {"labels": digest_of(self.labels), content_name(whole): total.hexdigest()}
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """At most ``wanted`` of 0 .. count - 1, evenly spread, with the first and the last."""
+    return sorted({place * (count - 1) // max(1, wanted - 1) for place in range(wanted)}
+                  ) if count else []
+
+
+def content_name(whole: bool) -> str:
+    """What a digest of images is called."""
+    return "images" if whole else "sampled images"
+
+
+def digest_of(values: NDArray[Any]) -> str:
+    """SHA-256 of an array's dtype, shape and numbers."""
+    total = hashlib.sha256(f"{values.dtype.str} {values.shape}".encode())
+    total.update(np.ascontiguousarray(values).data)
+    return total.hexdigest()
+
 
 class ArrayImages(Images):
     """Images in memory.
@@ -72,6 +110,12 @@ class ArrayImages(Images):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def digests(self, *, whole: bool) -> dict[str, str]:
+        whole |= self.images.nbytes <= MODERATE_BYTES
+        wanted = MODERATE_BYTES * len(self) // max(1, self.images.nbytes)
+        images = self.images if whole else self.images[spread(len(self), wanted)]
+        return {"labels": digest_of(self.labels), content_name(whole): digest_of(images)}
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return torch.from_numpy(self.images[index].copy()), int(self.labels[index])
@@ -100,6 +144,10 @@ class Subset(Images):
                  labels: NDArray[np.int64] | None = None) -> None:
         self.whole, self.indices, self.seed = whole, indices, whole.seed
         self.labels = whole.labels[indices] if labels is None else labels
+
+    def chosen_digest(self) -> str:
+        """SHA-256 of which images these are, and their labels."""
+        return digest_of(np.stack([self.indices, self.labels]))
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -30,6 +30,7 @@ from hvdnoise.training import data, models
 from hvdnoise.training.config import TrainConfig, flatten
 from hvdnoise.training.ema import make_ema
 from hvdnoise.training.evaluate import mean_buffers, own_buffers, set_buffers
+from hvdnoise.training.heartbeat import FolderLock
 from hvdnoise.training.meter import Batches
 from hvdnoise.training.optim import build_optimizer, build_schedule
 from hvdnoise.training.records import versions
@@ -69,6 +70,8 @@ class Job:
     total_steps: int
     counters: Counters = field(default_factory=Counters)
     best: State | None = None  # with validation: the best weights, on the CPU, equal on all ranks
+    digests: dict[str, str] = field(default_factory=dict)  # of the data, once ranks agree on them
+    lock: FolderLock | None = None  # rank 0's, of the run folder
 
     @property
     def epoch(self) -> float:
@@ -107,7 +110,7 @@ class Job:
                 {**self.ema.state_dict(), **mean_buffers(self.ema, self.world)},
                 "optimizer": optimizer, "scaler": self.scaler.state_dict(),
                 "best": self.best, "counters": vars(self.counters).copy(),
-                "config": flatten(self.config),
+                "config": flatten(self.config), "data": self.digests,
                 "steps_per_epoch": self.sampler.steps_per_epoch,
                 "examples_per_step": self.batches.total, "versions": versions()}
 

@@ -22,6 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 from hvdnoise.comm import World
 from hvdnoise.streams import seed_for
 from hvdnoise.training import data
+from hvdnoise.training.agreement import agree_on_data
 from hvdnoise.training.config import TrainConfig
 from hvdnoise.training.job import Job, align, build
 from hvdnoise.training.meter import Meter
@@ -29,7 +30,9 @@ from hvdnoise.training.milestones import diverged, finish, preempted, save, scor
 from hvdnoise.training.preemption import EXIT_PREEMPTED, Preemption
 from hvdnoise.training.progress import Progress, log
 from hvdnoise.training.records import Records
-from hvdnoise.training.runfolder import call_or_raise, find_source, open_folder
+from hvdnoise.training.resume import find_source, restore
+from hvdnoise.training.runfolder import call_or_raise, hold_folder, open_folder
+from hvdnoise.training.validation import check_run_dir
 
 MEASURES_PER_LINE = 4  # steps of a log interval whose norms are measured
 
@@ -47,17 +50,31 @@ def run(config: TrainConfig, world: World, device: torch.device, preemption: Pre
     """
     data.prepare(config.data, world)
     job = call_or_raise(world, lambda: build(config, world, device))
-    source = find_source(config, world)
-    folder = open_folder(config, world, job.model)
+    job.digests = agree_on_data(job.datasets, config.data, device, world)
+
+    def stop() -> None:
+        preemption.wanted = True
+    with hold_folder(config, world, job.model, on_loss=stop) as (folder, job.lock):
+        return _run(job, folder, preemption)
+
+
+def _run(job: Job, folder: Path, preemption: Preemption) -> int:
+    """`run`, once the folder is this run's. Collective."""
+    config, world = job.config, job.world
+    call_or_raise(world, lambda: check_run_dir(config))  # it may have come meanwhile
+    source = find_source(job)
     if source is None:
         align(job)
     else:
-        job.load(*source)
-        log.info("resumed at step %d", job.counters.step)
+        restore(job, source)
+    open_folder(config, world, folder, {"data": job.digests})
     at = job.counters
+    if source is not None:
+        log.info("resumed at step %d", at.step)
     records = Records(folder, rank=world.rank, tensorboard=config.tensorboard,
                       resumed_at=None if config.resume == "never" else at.step,
-                      again=_scored_again(job))
+                      again=_scored_again(job),
+                      is_ours=job.lock.is_ours if job.lock is not None else lambda: True)
     progress = Progress(config.progress, rank=world.rank, total=job.total_steps, done=at.step)
     log.info("%d ranks x %d workers x %d examples, %d steps, in %s", world.size,
              config.virtual_workers, job.batches.worker, job.total_steps, folder)

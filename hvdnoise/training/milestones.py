@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, Iterator
 
 from torch import nn
 
-from hvdnoise.training import checkpoint, data, models
+from hvdnoise.training import checkpoint, data, heartbeat, models
 from hvdnoise.training.evaluate import Score, common_buffers, evaluate, evaluate_all
 from hvdnoise.training.images import Images
 from hvdnoise.training.job import Job
@@ -85,29 +85,50 @@ def _batches(job: Job, images: Images) -> data.Loader:
                             batch_size=max(job.sampler.batch_size, 256))
 
 
+def _write(job: Job, folder: Path, what: str, action: Callable[[], None]) -> None:
+    """Rank 0 writes into the run folder, while it has it; a failure is a CheckpointError on all
+    ranks, which names the folder."""
+    heartbeat.check(job.lock, job.world)
+    with _naming(folder):
+        checkpoint.gather_or_raise(job.world, what, lambda: action() if job.world.rank == 0
+                                   else None)
+
+
+@contextlib.contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except checkpoint.CheckpointError as error:
+        raise checkpoint.CheckpointError(f"run folder {folder}: {error}") from error
+
+
 def _write_weights(job: Job, path: Path, state: dict[str, Any]) -> None:
-    """Rank 0 writes; a failure is a CheckpointError on all ranks."""
-    checkpoint.gather_or_raise(job.world, "weights", lambda: write_weights(path, state)
-                               if job.world.rank == 0 else None)
+    _write(job, path.parent, "weights", lambda: write_weights(path, state))
 
 
 def _write_facts(job: Job, path: Path, facts: dict[str, Any]) -> None:
-    checkpoint.gather_or_raise(job.world, "facts",
-                               lambda: write_text(path, json.dumps(facts, indent=1))
-                               if job.world.rank == 0 else None)
+    _write(job, path.parent, "facts", lambda: write_text(path, json.dumps(facts, indent=1)))
 
 
 def save(job: Job, folder: Path) -> int:
     """Write a checkpoint; the step it is of."""
     shared = job.shared_state()
-    checkpoint.save(folder / "checkpoints", job.counters.step,
-                    shared if job.world.rank == 0 else None, job.own_state(), job.world,
-                    keep=job.config.checkpoint.keep)
+    # not its parents: a run folder that has gone is not made anew
+    _write(job, folder, "folder", lambda: (folder / "checkpoints").mkdir(exist_ok=True))
+    with _naming(folder):
+        checkpoint.save(folder / "checkpoints", job.counters.step,
+                        shared if job.world.rank == 0 else None, job.own_state(), job.world,
+                        keep=job.config.checkpoint.keep)
     return job.counters.step
 
 
 def preempted(job: Job, folder: Path, *, saved: bool) -> None:
-    """Save, unless that is done, and say how to go on."""
+    """Save, unless that is done, and say how to go on.
+
+    Raises:
+        FolderLost: when the run was stopped because the folder is no longer its own.
+    """
+    heartbeat.check(job.lock, job.world)
     if not saved:
         save(job, folder)
     at = job.counters

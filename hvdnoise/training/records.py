@@ -13,6 +13,7 @@
                              the test images), moving average
     RUN/checkpoints/         see `hvdnoise.training.checkpoint`
     RUN/logs/rank-N.log      every rank's own
+    RUN/lock-N.json          who trains in the folder now (`hvdnoise.training.folder_lock`)
     RUN/measure/             what `hvdnoise measure` found of the weights; see docs/measure.md
     RUN/report/              the page of `hvdnoise report`; see docs/report.md
 
@@ -36,22 +37,28 @@ import sys
 from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from torch import Tensor
 
-from hvdnoise.training import plugins
+from hvdnoise.training import folder_lock, plugins
 from hvdnoise.training.progress import log
 
-_OF_A_RUN = ("config.yaml", "environment.json", "metrics.jsonl", "preempted.json", "summary.json",
-             "weights.pt", "weights-best.pt", "weights-ema.pt", "checkpoints", "logs", "measure",
-             "report", "tensorboard")
+_OF_A_RUN = ("environment.json", "metrics.jsonl", "preempted.json", "summary.json", "weights.pt",
+             "weights-best.pt", "weights-ema.pt", "checkpoints", "logs", "measure", "report",
+             "tensorboard", "config.yaml")  # the last tells that there is a run
 
 
 def is_run(folder: Path) -> bool:
     """Whether ``folder`` holds a run (finished or not)."""
     return (folder / "config.yaml").is_file()
+
+
+def is_free(folder: Path) -> bool:
+    """Whether ``folder`` holds nothing but what a run that was killed at its start leaves."""
+    return all(folder_lock.is_name(path.name) or path.name == "config.yaml.part"
+               for path in folder.iterdir())
 
 
 def clear(folder: Path) -> None:
@@ -164,15 +171,16 @@ class Records:
         resumed_at: a step: what an earlier process wrote about later steps is dropped.
         again: kinds of which the lines of that step are dropped too: they will be written anew.
         tensorboard: whether to write events too.
+        is_ours: whether the folder is still this run's, asked before each line.
     """
 
     def __init__(self, folder: Path, *, rank: int, resumed_at: int | None, tensorboard: bool,
-                 again: Collection[str] = ()) -> None:
+                 again: Collection[str] = (), is_ours: Callable[[], bool] = lambda: True) -> None:
         self.folder = folder
         self._path = folder / "metrics.jsonl"
         self._events: Any = None
         self._failed: set[str] = set()
-        self._active = rank == 0
+        self._active, self._is_ours = rank == 0, is_ours
         if self._active and resumed_at is not None:
             self._attempt("metrics.jsonl", lambda: self._drop_after(resumed_at, again))
         if self._active and tensorboard:
@@ -193,7 +201,7 @@ class Records:
 
     def write(self, kind: str, step: int, values: dict[str, float | int | None]) -> None:
         """Record numbers of a step; what is not finite is recorded as null."""
-        if not self._active:
+        if not self._active or not self._is_ours():
             return
         clean = {key: value if value is not None and math.isfinite(value) else None
                  for key, value in values.items()}

@@ -8,7 +8,7 @@ from typing import Any, Sequence
 
 from hvdnoise.comm import World
 from hvdnoise.training.config import ConfigError
-from hvdnoise.training.runfolder import call_or_raise
+from hvdnoise.training.together import call_or_raise
 
 
 def make_folder(folder: Path | None, world: World) -> None:

@@ -141,7 +141,7 @@ def _check_names(config: TrainConfig, size: int) -> None:
 
 
 def _check_folders(config: TrainConfig, size: int) -> None:
-    from hvdnoise.training.records import is_run
+    from hvdnoise.training.folder_lock import owner_in
     resumes = config.resume != "never"
     require(not (resumes and config.overwrite), "overwrite", config.overwrite,
             f"it contradicts resume={config.resume}; leave one out")
@@ -152,13 +152,28 @@ def _check_folders(config: TrainConfig, size: int) -> None:
     require(config.resume in ("never", "auto") or Path(config.resume).is_dir(), "resume",
             config.resume, "there is no such folder; give never, auto or the path of a checkpoint "
             "or run")
+    if config.run_dir is not None:
+        owner = owner_in(Path(config.run_dir))
+        check_run_dir(config, f", at which {owner} works" if owner is not None else "")
+
+
+def check_run_dir(config: TrainConfig, at_work: str = "") -> None:
+    """Check that what is in ``run_dir`` may be there.
+
+    Args:
+        at_work: words for who is in the folder.
+
+    Raises:
+        ConfigError: one line with the remedy.
+    """
+    from hvdnoise.training.records import is_free, is_run
     if config.run_dir is None:
         return
     folder = Path(config.run_dir)
     require(folder.is_dir() or not folder.exists(), "run_dir", folder, "it is not a folder")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and not is_free(folder):
         require(is_run(folder), "run_dir", folder,
                 "the folder is not empty and holds no run; give a new one")
-        require(resumes or config.overwrite, "run_dir", folder,
-                "it holds a run already; give a new one, or --resume auto to go on with it, or "
-                "--overwrite to replace it")
+        require(config.resume != "never" or config.overwrite, "run_dir", folder,
+                f"it holds a run already{at_work}; give a new one, or --resume auto to go on with "
+                "it, or --overwrite to replace it")

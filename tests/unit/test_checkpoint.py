@@ -123,6 +123,12 @@ def test_a_rank_that_cannot_write_stops_all_and_harms_nothing(tmp_path: Path,
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
+def test_a_folder_that_has_gone_is_not_made_anew(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="rank 0 could not write .FileNotFoundError"):
+        write(tmp_path / "run" / "checkpoints", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_checkpoint_appears_whole(tmp_path: Path, monkeypatch: Any) -> None:
     """Before the rename nothing has the checkpoint's name; at the rename all is on the disk."""
     flushed: list[str] = []
