@@ -99,6 +99,7 @@ def _write_facts(job: Job, path: Path, facts: dict[str, Any]) -> None:
 
 def save(job: Job, folder: Path) -> int:
     """Write a checkpoint; the step it is of."""
+    job.guard.settle()
     shared = job.shared_state()
     checkpoint.save(folder / "checkpoints", job.counters.step,
                     shared if job.world.rank == 0 else None, job.own_state(), job.world,
@@ -140,7 +141,7 @@ def finish(job: Job, folder: Path, records: Records, scores: Scores) -> None:
                 _write_weights(job, folder / f"{name}.pt", model.state_dict())
                 digests[f"{name.replace('-', '_')}_sha256"] = weights_digest(model.state_dict())
     summary = {"outcome": "finished", **best, **scores, "best_step": at.best_step,
-               "bad_steps": at.bad_steps, **digests, **_facts(job),
+               **digests, **_facts(job),
                "gradient_evaluations": at.gradient_evaluations,
                "exchange_bytes": round(at.exchange_bytes)}
     _write_facts(job, folder / "summary.json", summary)
@@ -159,6 +160,8 @@ def _facts(job: Job) -> dict[str, Any]:
     """What every summary says."""
     at = job.counters
     return {"steps": at.step, "epochs": job.epoch, "seconds": round(at.seconds, 3),
+            "bad_steps": at.bad_steps, "last_bad_step": at.last_bad_step or None,
+            "bad_workers": at.bad_workers,
             "ranks": job.world.size, "workers": job.sampler.num_workers,
             "worker_batch": job.batches.worker, "global_batch": job.batches.total,
             "config_sha256": config_digest(job.config),

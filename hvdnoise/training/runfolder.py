@@ -19,7 +19,7 @@ from torch import nn
 
 from hvdnoise import comm
 from hvdnoise.comm import World
-from hvdnoise.training import checkpoint, records
+from hvdnoise.training import checkpoint, finite, records
 from hvdnoise.training.config import (
     ConfigError,
     TrainConfig,
@@ -200,7 +200,12 @@ def config_digest(config: TrainConfig) -> str:
 
 
 def write_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """Write a state dict, whole or not at all."""
+    """Write a state dict, whole or not at all.
+
+    Raises:
+        NotFinite: where it is not finite (`hvdnoise.training.finite`).
+    """
+    finite.check({path.name: state})
     part = path.with_name(path.name + ".part")
     torch.save(state, part)
     part.replace(path)
