@@ -61,6 +61,7 @@ class NoiseState:
             ``echo``; None: in each second step.
         dropped: whether there has been a step that was not taken, by which steps are miscounted.
         watch: the calls of the model's modules; None where no noise needs to know of them.
+        sums_gradients: whether the exchange keeps sums of each worker's gradient.
         exchanged_sum: () the sum of the step's mean gradients before noise was added to them; None
             where none ever is.
         memory: the most bytes that rows, statistics, what the noise keeps and displaced weights
@@ -74,6 +75,7 @@ class NoiseState:
         self.measured: Measured | None = None
         self.spectrum_batch: int | None = None
         self.spectrum: Spectrum | None = None
+        self.sums_gradients = False
         self.exchanged_sum: Tensor | None = None
         self._observer = SpectrumObserver()
         self.loss_scale: float | Callable[[], float] = 1.0
@@ -267,9 +269,9 @@ class NoiseState:
         return self._weights.coverage if self._weights is not None else NoiseCoverage()
 
     @property
-    def displacement_bound(self) -> Tensor | None:
-        """() no displacement of the last worker's forward is longer; see `Displacements`."""
-        return self._weights.bound if self._weights is not None else None
+    def displacement_sum(self) -> Tensor | None:
+        """() of the last worker's forward; see `Displacements`."""
+        return self._weights.total if self._weights is not None else None
 
     def forget_displacements(self) -> None:
         """The next forward forms its displacements anew."""

@@ -156,10 +156,22 @@ class _DistributedOptimizer(Wrapper):
         return self._noise_state.spectrum
 
     @property
-    def displacement_bound(self) -> Tensor | None:
-        """() no displacement of this rank's last forward is longer; not finite where one of them is
-        not. None where nothing was displaced."""
-        return self._noise_state.displacement_bound
+    def displacement_sum(self) -> Tensor | None:
+        """() the sum of the displacements of this rank's last forward, up to signs: finite only
+        where all of them are. None where nothing was displaced."""
+        return self._noise_state.displacement_sum
+
+    @property
+    def gradient_sums(self) -> list[tuple[int, Tensor]]:
+        """Of the last exchange, in the order of its captures: the number of this rank's worker, and
+        () the sum of a bucket of its gradient, or of those of the workers up to it: finite only
+        where all of them are. Empty unless `sum_gradients` was called."""
+        exchange = self._runner.exchange if self._runner is not None else None
+        return exchange.sums if exchange is not None else []
+
+    def sum_gradients(self) -> None:
+        """From now on keep `gradient_sums`: one more pass over each worker's gradient."""
+        self._noise_state.sums_gradients = True
 
     @property
     def exchanged_sum(self) -> Tensor | None:

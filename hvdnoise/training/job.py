@@ -76,7 +76,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.guard = Guard(self.model, self.optimizer, self.world, scaled=self.scaler.is_enabled(),
-                           num_workers=self.sampler.num_workers)
+                           workers=self.sampler.worker_ids)
 
     @property
     def epoch(self) -> float:

@@ -152,9 +152,8 @@ def _update(job: Job, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, bool]
 
     def gradients() -> None:
         optimizer.zero_grad()
-        evaluation = guard.evaluate()
         sums[:] = [_forward_and_backward(job, parts)]
-        if two_passes and evaluation == 1:  # for the noise alone
+        if guard.evaluated() == 1 and two_passes:  # for the noise alone
             return
         scaler.unscale_(optimizer)
         guard.check(_clip(job))
@@ -251,7 +250,7 @@ def _count_bad(job: Job, *, bad: bool) -> None:
         for rank, worker in job.guard.explain(at.step, at.bad_in_a_row):
             name = f"rank {rank}, worker {worker}"
             at.bad_workers[name] = at.bad_workers.get(name, 0) + 1
-    in_a_row = job.guard.compare(at.bad_steps, at.bad_in_a_row)
+    in_a_row = job.guard.same_steps.compare(at.bad_steps, at.bad_in_a_row)
     if in_a_row >= job.config.max_bad_steps:
         raise Diverged(f"the gradient was not finite in {in_a_row} steps in a row, the last "
                        f"at step {at.last_bad_step}: lower optim.lr or the noise's scale, set "

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from hvdnoise.training import checkpoint, data, models
+from hvdnoise.training import checkpoint, data, models, weights
 from hvdnoise.training.evaluate import Score, common_buffers, evaluate, evaluate_all
 from hvdnoise.training.images import Images
 from hvdnoise.training.job import Job
 from hvdnoise.training.progress import log
 from hvdnoise.training.records import Records, weights_digest, write_text
-from hvdnoise.training.runfolder import config_digest, write_weights
+from hvdnoise.training.runfolder import config_digest
 
 Scores = dict[str, float]
 
@@ -87,7 +87,7 @@ def _batches(job: Job, images: Images) -> data.Loader:
 
 def _write_weights(job: Job, path: Path, state: dict[str, Any]) -> None:
     """Rank 0 writes; a failure is a CheckpointError on all ranks."""
-    checkpoint.gather_or_raise(job.world, "weights", lambda: write_weights(path, state)
+    checkpoint.gather_or_raise(job.world, "weights", lambda: weights.write(path, state)
                                if job.world.rank == 0 else None)
 
 
@@ -99,7 +99,7 @@ def _write_facts(job: Job, path: Path, facts: dict[str, Any]) -> None:
 
 def save(job: Job, folder: Path) -> int:
     """Write a checkpoint; the step it is of."""
-    job.guard.settle()
+    job.guard.same_steps.settle()
     shared = job.shared_state()
     checkpoint.save(folder / "checkpoints", job.counters.step,
                     shared if job.world.rank == 0 else None, job.own_state(), job.world,
@@ -140,8 +140,10 @@ def finish(job: Job, folder: Path, records: Records, scores: Scores) -> None:
             with common_buffers(model, world):
                 _write_weights(job, folder / f"{name}.pt", model.state_dict())
                 digests[f"{name.replace('-', '_')}_sha256"] = weights_digest(model.state_dict())
+    files = checkpoint.gather_or_raise(world, "digests", lambda: weights.digests(folder)
+                                       if world.rank == 0 else None)[0]
     summary = {"outcome": "finished", **best, **scores, "best_step": at.best_step,
-               **digests, **_facts(job),
+               **digests, "files_sha256": files, **_facts(job),
                "gradient_evaluations": at.gradient_evaluations,
                "exchange_bytes": round(at.exchange_bytes)}
     _write_facts(job, folder / "summary.json", summary)

@@ -13,13 +13,12 @@ import time
 from pathlib import Path
 from typing import Any, Callable, TypeVar
 
-import torch
 import yaml
 from torch import nn
 
 from hvdnoise import comm
 from hvdnoise.comm import World
-from hvdnoise.training import checkpoint, finite, records
+from hvdnoise.training import checkpoint, records
 from hvdnoise.training.config import (
     ConfigError,
     TrainConfig,
@@ -197,15 +196,3 @@ def _check_space(config: TrainConfig, folder: Path, model: nn.Module) -> None:
 def config_digest(config: TrainConfig) -> str:
     """SHA-256 over the settings that make the run what it is."""
     return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
-
-
-def write_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """Write a state dict, whole or not at all.
-
-    Raises:
-        NotFinite: where it is not finite (`hvdnoise.training.finite`).
-    """
-    finite.check({path.name: state})
-    part = path.with_name(path.name + ".part")
-    torch.save(state, part)
-    part.replace(path)
