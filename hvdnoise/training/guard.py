@@ -9,8 +9,8 @@ statistics of normalisation) or the displacements are not finite:
 So the gradient of that worker is NaN, and the mean with it, on all ranks alike. A sum is finite
 only where all that it adds is, and nothing waits for the device.
 
-A step that is not taken leaves no trace: `undo` brings buffers and generator back, and drops what
-the noise has seen; optimizer and moving average were not asked. Only then do the ranks tell each
+A step that is not taken leaves no trace: `undo` brings buffers, generator and learning rates back,
+and drops what the noise has seen; optimizer and moving average were not asked. Only then do the ranks tell each
 other, as JSON, what was wrong with which worker. Weights or earlier buffers that are not finite
 themselves end the run: no later step could be taken.
 """
@@ -85,6 +85,7 @@ class Guard:
         self._watched = [each for each in self._buffers.values() if each.is_floating_point()]
         self._on_gpu = any(p.is_cuda for p in self._weights.values())
         self._generators: list[tuple[Callable[[Tensor], None], Tensor]] = []
+        self._rates: list[float] = []
         self._factor = torch.ones(())
         self._passes: list[Pass] = []
         self._gradients: list[Sums] = []  # by evaluation
@@ -95,8 +96,9 @@ class Guard:
     # ------------------------------------------------------------------ a step
 
     def begin(self) -> None:
-        """A step begins: keep what a forward changes."""
+        """A step begins, before its learning rate is set: keep what it changes on its way."""
         _copy(self._buffers, self._before)
+        self._rates = [group["lr"] for group in self._optimizer.param_groups]
         self._generators = [(torch.set_rng_state, torch.get_rng_state())]
         if self._on_gpu:
             self._generators.append((torch.cuda.set_rng_state, torch.cuda.get_rng_state()))
@@ -134,6 +136,8 @@ class Guard:
     def undo(self) -> None:
         """The step is not taken: all is as it was before it."""
         _copy(self._before, self._buffers)
+        for group, rate in zip(self._optimizer.param_groups, self._rates):
+            group["lr"] = rate
         for set_state, state in self._generators:
             set_state(state)
         self._optimizer.reset()

@@ -122,6 +122,7 @@ def take_step(job: Job, batches: Iterator[tuple[Tensor, Tensor]], meter: Meter) 
     """
     started = time.perf_counter()
     optimizer, at = job.optimizer, job.counters
+    job.guard.begin()
     rate = job.set_learning_rate()
     parts = [next(batches) for _ in job.sampler.worker_ids]
     shows = _announce(job)
@@ -158,7 +159,6 @@ def _update(job: Job, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, bool]
         scaler.unscale_(optimizer)
         guard.check(_clip(job))
 
-    guard.begin()
     try:
         if two_passes:
             optimizer.step(gradients)
