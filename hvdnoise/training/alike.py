@@ -27,7 +27,7 @@ class SameSteps:
         self.left_out = 0
         self._world, self._needed = world, needed and world.size > 1
         self._counts: Handle | None = None
-        self._row = self._next_row = 0
+        self._row = self._next_row = self._next_left_out = 0
 
     def compare(self, bad_steps: int, in_a_row: int) -> int:
         """Start to compare, at the end of each step. Collective.
@@ -46,7 +46,7 @@ class SameSteps:
         row = self.settle()
         self._counts = self._world.allreduce_(torch.tensor([float(bad_steps), -bad_steps]),
                                               name="hvdnoise.guard.steps", op="max")
-        self._next_row = in_a_row
+        self._next_row, self._next_left_out = in_a_row, self.left_out
         return row
 
     def settle(self) -> int:
@@ -59,7 +59,7 @@ class SameSteps:
         return self._row
 
     def _give_up(self) -> None:
-        steps = self._world.gather_json(self.left_out, name="hvdnoise.guard.alone")
+        steps = self._world.gather_json(self._next_left_out, name="hvdnoise.guard.alone")
         text = ", ".join(f"{place} left out step {step}"
                          for place, step in zip(self._world.places(), steps) if step)
         raise Diverged(f"the ranks have not taken the same steps: {text}, for the noise on the "

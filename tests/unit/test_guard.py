@@ -70,6 +70,7 @@ def job_of(world: ThreadWorld, *flags: str) -> Job:
                    program="hvdnoise train")
     with one_at_a_time:
         job = build(config, world, torch.device("cpu"))
+    world.barrier()  # a step draws from it, too
     job.model.train()
     return job
 
@@ -165,7 +166,7 @@ def buffers_of(value: float, *, at: set[int], rank: int = 0) -> Fault:
             norm = next(m for m in job.model.modules() if isinstance(m, torch.nn.BatchNorm2d))
 
             def change(*_: Any) -> None:
-                norm.running_var[1] = value  # type: ignore[index]
+                norm.running_var.data[1] = value  # type: ignore[union-attr]
             handles.append(norm.register_forward_hook(change))
     handles: list[Any] = []
     return fault
@@ -244,3 +245,184 @@ def test_a_bad_step_leaves_no_trace(kind: str) -> None:
     at = job.counters
     assert (at.step, at.bad_steps, at.last_bad_step, at.bad_in_a_row) == (7, 3, 6, 0)
     assert at.bad_workers == {"rank 0, worker 0": 1, "rank 0, worker 1": 2}
+
+
+def test_of_a_skipped_first_pass_nothing_is_used_and_nothing_is_left() -> None:
+    """Noise with echo: bad steps at either place of a batch, and both."""
+    for bad in ({2}, {3}, {2, 3}, {0}):
+        def work(world: ThreadWorld) -> None:
+            job = job_of(world, *KINDS["echo"])
+            states = [state_of(job)]
+
+            def compare(step: int) -> None:
+                states.append(state_of(job))
+                assert bool(list(differences(*states[-2:]))) == (step not in bad)
+            steps(job, 6, images_of(float("nan"), at=bad), after=compare)
+            due = {step for step in (1, 3, 5) if not {step, step - 1} & bad}
+            assert job.optimizer.noise_coverage.due == len(due)
+        run_threads(1, work)
+
+
+def test_float16_leaves_no_trace_but_its_loss_scale(caplog: pytest.LogCaptureFixture) -> None:
+    """A search of the loss scale is nothing to warn of, unless it does not end."""
+    loop.log.propagate = True
+
+    def work(world: ThreadWorld) -> Job:
+        job = job_of(world, *GNC, "--precision", "fp16")
+        steps(job, 4)
+        before = state_of(job)
+        at = job.counters.bad_steps
+        steps(job, 4, images_of(float("nan"), at={4, 5, 6}), after=lambda step: [
+            check(before, step)] and None)
+        assert job.counters.bad_steps == at + 3 and not job.counters.bad_workers
+        assert "not taken" not in caplog.text
+        steps(job, 4, images_of(float("nan"), at=set(range(8, 12)), worker=1))
+        return job
+
+    def check(before: State, step: int) -> None:
+        found = {each.split(".")[2] for each in differences(before, state_of(jobs[0]))}
+        assert step == 7 or found == {"scaler"}, (step, found)
+    jobs: list[Job] = []
+    real = Job.__post_init__
+
+    def made(job: Job) -> None:
+        real(job)
+        jobs.append(job)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Job, "__post_init__", made)
+        (job,) = run_threads(1, work)
+    assert job.counters.bad_workers == {"rank 0, worker 1": 1}  # of the fourth in a row
+    assert "step 12 was not taken" in caplog.text
+
+
+# ---------------------------------------------------------------------- all ranks alike
+
+FAULTS: dict[str, tuple[Callable[[], Fault], str]] = {
+    "images": (lambda: images_of(float("nan"), at={2}, worker=3),
+               "loss and buffers of worker 3 on rank 1"),
+    "activations": (lambda: images_of(1e30, at={2}, worker=2), "buffers of worker 2 on rank 1"),
+    "gradient": (lambda: gradient_of(float("nan"), at={2}, rank=1, worker=1),
+                 "gradient of worker 3 on rank 1"),
+    "buffers": (lambda: buffers_of(float("inf"), at={2}, rank=1), "buffers of worker 2 on rank 1")}
+
+
+@pytest.mark.parametrize("kind", ["none", "gnc", "gnc lag 0", "gathered", "workers"])
+@pytest.mark.parametrize("name", FAULTS)
+def test_one_rank_s_fault_is_a_step_that_nobody_takes(name: str, kind: str,
+                                                      caplog: pytest.LogCaptureFixture) -> None:
+    """Two ranks; the end is, bit for bit, that of a run which never computes the step."""
+    loop.log.propagate = True
+    fault, said = FAULTS[name]
+
+    def work(world: ThreadWorld, faulty: bool) -> tuple[State, Any]:
+        job = job_of(world, *KINDS[kind])
+        if faulty:
+            steps(job, 4, fault())
+        else:
+            steps(job, 2)
+            job.counters.step += 1
+            steps(job, 1)
+        state = state_of(job)
+        del state["own"]["generators"]  # which the threads share
+        return state, job.counters
+    ended = [run_threads(2, lambda world, faulty=faulty: work(world, faulty))
+             for faulty in (True, False)]
+    for (state, at), (expected, _) in zip(*ended):
+        assert not list(differences(state, expected))
+        assert (at.step, at.bad_steps, at.last_bad_step) == (4, 1, 3)
+        worker = said.split()[said.split().index("worker") + 1]
+        assert at.bad_workers == {f"rank 1, worker {worker}": 1}
+    assert said in caplog.text
+    assert not list(differences(ended[0][0][0]["shared"], ended[0][1][0]["shared"]))
+
+
+def test_a_displacement_that_no_loss_shows(caplog: pytest.LogCaptureFixture) -> None:
+    """-inf in front of a ReLU: everything else is finite."""
+    loop.log.propagate = True
+
+    def work(world: ThreadWorld) -> Job:
+        job = job_of(world, "--norm", "group", "--noise.kind", "sunk-bias", "--accumulate", "2")
+        before: list[State] = []
+
+        def look(step: int) -> None:
+            before.append(job.shared_state()["model"])
+        steps(job, 3, after=look)
+        before = copy.deepcopy(before)
+        with pytest.raises(Diverged, match="10 steps in a row"):  # the noise counts steps taken
+            steps(job, 99, after=look)
+        assert not list(differences(before[-1], job.shared_state()["model"]))
+        return job
+    (job,) = run_threads(1, work)
+    assert job.counters.bad_workers == {"rank 0, worker 1": 10}
+    assert "displacement of worker 1 on rank 0" in caplog.text
+
+
+@pytest.mark.parametrize("limit", [1, 10])
+def test_noise_on_the_mean_must_be_alike(limit: int) -> None:
+    """Where one rank alone finds it not finite, all ranks end, and nobody waits for ever."""
+    def work(world: ThreadWorld) -> tuple[str, int]:
+        job = job_of(world, "--noise.kind", "broken-mean", "--noise.ranks", "1",
+                     "--max_bad_steps", str(limit))
+        with pytest.raises(Diverged) as caught:
+            steps(job, 9)
+        return str(caught.value), job.counters.step
+    for text, step in run_threads(2, work):
+        assert "the ranks have not taken the same steps: rank 1 left out step 4" in text
+        assert step == 5
+
+
+def test_such_noise_never_gets_into_a_checkpoint(tmp_path: Path) -> None:
+    config = parse(TrainConfig, [*TINY, "--noise.kind", "broken-mean", "--noise.ranks", "1",
+                                 "--run_dir", str(tmp_path), "--checkpoint.every_steps", "1",
+                                 "--virtual_workers", "1"], program="hvdnoise train")
+
+    def work(world: ThreadWorld) -> str:
+        from tests.trainer import Never
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Diverged) as caught:
+            real = build
+
+            def locked(*arguments: Any) -> Job:
+                with one_at_a_time:
+                    return real(*arguments)
+            patch.setattr(loop, "build", locked)
+            loop.run(config, world, torch.device("cpu"), Never())  # type: ignore[arg-type]
+        return str(caught.value)
+    assert len(set(run_threads(2, work))) == 1
+    assert checkpoint.found(tmp_path / "checkpoints")[0].name == "step-00000003"
+    assert json.loads((tmp_path / "summary.json").read_text())["outcome"] == "diverged"
+
+
+def test_noise_on_the_mean_of_all_ranks_is_a_step_that_nobody_takes() -> None:
+    def work(world: ThreadWorld) -> tuple[State, Any]:
+        job = job_of(world, "--noise.kind", "broken-mean", "--max_bad_steps", "3")
+        states: list[State] = []
+        with pytest.raises(Diverged, match="3 steps in a row, the last at step"):
+            steps(job, 9, after=lambda step: states.append(state_of(job)))
+        assert not list(differences(states[2]["shared"], job.shared_state() | {
+            "counters": states[2]["shared"].get("counters")}))
+        return job.counters.bad_workers, job.counters.last_bad_step
+    assert run_threads(2, work) == [({}, 7)] * 2  # told a step later
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_weight_that_is_not_finite_ends_the_run_at_once(rank: int) -> None:
+    def work(world: ThreadWorld) -> str:
+        job = job_of(world, *GNC)
+        with pytest.raises(Diverged) as caught:
+            steps(job, 9, weight_of(float("inf"), at={2}, rank=rank))
+        assert job.counters.step == 3
+        return str(caught.value)
+    for text in run_threads(2, work):
+        assert f"the weight 13.bias of rank {rank} is not finite at step 3" in text
+
+
+def test_a_buffer_from_before_that_is_not_finite_ends_the_run_at_once() -> None:
+    def fault(job: Job, step: int) -> None:
+        if step == 2:
+            next(iter(dict(job.model.named_buffers()).values()))[0] = float("nan")
+
+    def work(world: ThreadWorld) -> None:
+        job = job_of(world)
+        with pytest.raises(Diverged, match="the buffer 2.running_mean of rank 0 .* at step 3"):
+            steps(job, 9, fault)
+    run_threads(1, work)
