@@ -55,6 +55,9 @@ class Exchange:
         self.label, self._order = label, order
         self.seconds = 0.0  # waited for the last exchange
         self._waited = 0.0  # and ever, until its end
+        # of the step, in the order of captures: worker, and () sum of a bucket of its gradient, or
+        # of the gradients up to it
+        self.sums: list[tuple[int, Tensor]] = []
         self.found_sparse: set[str] = set()  # names that some rank found sparse in the layout
         self._facts = dict(facts, parameters=layout.digest, sparse=sorted(sparse.values()),
                            exchange=[options.plan.name, (options.peers or world).size,
@@ -100,12 +103,14 @@ class Exchange:
 
     # ------------------------------------------------------------------ capturing a step
 
-    def prepare_tasks(self, pending: PendingObservation | None) -> None:
+    def prepare_tasks(self, pending: PendingObservation | None, *, sums: bool = False) -> None:
         """A step's gradients are to be captured.
 
         Args:
             pending: what the noise observes of them; None: nothing.
+            sums: whether to keep `sums` of them.
         """
+        self._keeps_sums = sums
         plan: ExchangePlan = PLAIN
         if pending is not None and pending.noise.mixes:
             plan = self.options.plan if self.world.size > 1 else ALONE
@@ -123,7 +128,7 @@ class Exchange:
                        for bucket, reduced, views in zip(self.layout.buckets, self._reduced,
                                                          self._views)]
         self.scheduler.add(self._tasks)
-        self._pending = pending
+        self._pending, self.sums = pending, []
         self.prepare_pass()
 
     def prepare_pass(self) -> None:
@@ -155,6 +160,9 @@ class Exchange:
         if self._fills_reduced:
             self._add_up(view, grad, weight / self.num_local, first=worker == 0)
         p.grad = view if last else None
+        if self._keeps_sums and not task.missing:
+            flat = task.rows[worker] if self._fills_rows else task.reduced
+            self.sums.append((worker, flat.sum(dtype=torch.float32)))
         task.ready = last and not task.missing
         return task.ready
 

@@ -10,7 +10,7 @@ import math
 import weakref
 from collections import deque
 from dataclasses import replace
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,9 @@ class NoiseState:
             ``echo``; None: in each second step.
         dropped: whether there has been a step that was not taken, by which steps are miscounted.
         watch: the calls of the model's modules; None where no noise needs to know of them.
+        sums_gradients: whether the exchange keeps sums of each worker's gradient.
+        exchanged_sum: () the sum of the step's mean gradients before noise was added to them; None
+            where none ever is.
         memory: the most bytes that rows, statistics, what the noise keeps and displaced weights
             took at a time.
     """
@@ -72,6 +75,8 @@ class NoiseState:
         self.measured: Measured | None = None
         self.spectrum_batch: int | None = None
         self.spectrum: Spectrum | None = None
+        self.sums_gradients = False
+        self.exchanged_sum: Tensor | None = None
         self._observer = SpectrumObserver()
         self.loss_scale: float | Callable[[], float] = 1.0
         self.observing, self.first_pass = True, False
@@ -263,6 +268,16 @@ class NoiseState:
         """Of the steps so far."""
         return self._weights.coverage if self._weights is not None else NoiseCoverage()
 
+    @property
+    def displacement_sum(self) -> Tensor | None:
+        """() of the last worker's forward; see `Displacements`."""
+        return self._weights.total if self._weights is not None else None
+
+    def forget_displacements(self) -> None:
+        """The next forward forms its displacements anew."""
+        if self._weights is not None:
+            self._weights.forget()
+
     def terms(self, v: int, learning_rates: Rates) -> dict[Tensor, Term]:
         """The delta of each parameter for this rank's worker number ``v``; see `Displacements`."""
         if self._weights is None:
@@ -396,6 +411,8 @@ class NoiseState:
                                                     self._current_loss_scale())
         if self.measure and (noise is not None or observer is not None):
             self._measurement.mean([flat for _, flat in exchange.reduced()])
+        if noise is not None or observer is not None:
+            self.exchanged_sum = _sum([flat for _, flat in exchange.reduced()])
         if observer is not None:
             self._show_means(observer, exchange)
         if noise is None:
@@ -497,3 +514,9 @@ class NoiseState:
                              "start the noise anew")
         if self._weights is not None:
             self._past.extend(each for each in past if each is not None)
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    """() in float32, on the device of the first."""
+    sums = [each.sum(dtype=torch.float32).to(tensors[0].device) for each in tensors]
+    return torch.stack(sums).sum()

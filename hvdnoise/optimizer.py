@@ -156,6 +156,30 @@ class _DistributedOptimizer(Wrapper):
         return self._noise_state.spectrum
 
     @property
+    def displacement_sum(self) -> Tensor | None:
+        """() the sum of the displacements of this rank's last forward, up to signs: finite only
+        where all of them are. None where nothing was displaced."""
+        return self._noise_state.displacement_sum
+
+    @property
+    def gradient_sums(self) -> list[tuple[int, Tensor]]:
+        """Of the last exchange, in the order of its captures: the number of this rank's worker, and
+        () the sum of a bucket of its gradient, or of those of the workers up to it: finite only
+        where all of them are. Empty unless `sum_gradients` was called."""
+        exchange = self._runner.exchange if self._runner is not None else None
+        return exchange.sums if exchange is not None else []
+
+    def sum_gradients(self) -> None:
+        """From now on keep `gradient_sums`: one more pass over each worker's gradient."""
+        self._noise_state.sums_gradients = True
+
+    @property
+    def exchanged_sum(self) -> Tensor | None:
+        """() the sum over the mean gradients of the last step as they were exchanged, alike on all
+        ranks, before noise was added to them; None where the noise adds nothing to the mean."""
+        return self._noise_state.exchanged_sum
+
+    @property
     def loss_scale(self) -> float | Callable[[], float]:
         """The factor of the loss: a number or a function, such as a GradScaler's ``get_scale``."""
         return self._noise_state.loss_scale
@@ -273,7 +297,8 @@ class _DistributedOptimizer(Wrapper):
             step.prepare()  # so that hooks are there before the first gradient
 
     def reset(self) -> None:
-        """Drop the backward passes of an unfinished step and their gradients, on all ranks alike.
+        """Drop the step under way and its gradients, on all ranks alike: the noise is as it was
+        before, and displacements are formed anew.
 
         Raises:
             RuntimeError: when a part of the gradients is under way to the other ranks.
@@ -281,6 +306,7 @@ class _DistributedOptimizer(Wrapper):
         if self._runner is not None:
             self._runner.check_droppable()
             self._runner.restart()
+            self._noise_state.forget_displacements()
         self._optimizer.zero_grad()
 
     def distributed_step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -329,15 +355,16 @@ class _DistributedOptimizer(Wrapper):
         state.first_pass = True
         try:
             closure()
-        finally:
             state.first_pass = False
-        state.keep_observation()
-        statistics = state.watch.normalization_statistics()
-        state.observing = False
-        try:
+            state.keep_observation()
+            statistics = state.watch.normalization_statistics()
+            state.observing = False
             loss = self._optimizer.step(closure)
+        except BaseException:  # the step is none
+            state.forget_observations()
+            raise
         finally:
-            state.observing = True
+            state.first_pass, state.observing = False, True
         for buffer, before in statistics:
             buffer.copy_(before)
         return loss

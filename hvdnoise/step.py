@@ -359,7 +359,7 @@ class StepRunner:
     def _start_exchange(self) -> None:
         self._count_optimizers()
         self._current_exchange().prepare_tasks(
-            self.noise.start_observation(self.parameters.layout))
+            self.noise.start_observation(self.parameters.layout), sums=self.noise.sums_gradients)
 
     def _count_optimizers(self) -> None:
         """Once, before the first exchange."""

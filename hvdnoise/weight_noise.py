@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from hvdnoise.displacement import Term
@@ -41,6 +42,8 @@ class Displacements:
 
     Attributes:
         terms: the delta of each parameter; the same dict for all calls in a row for one worker.
+        total: () the sum of their numbers, up to signs: finite only where all of them are. None:
+            there are none.
         coverage: of the steps so far.
     """
 
@@ -50,6 +53,7 @@ class Displacements:
         self._squares: dict[int, tuple[float, float]] = {}
         self.noise = noise
         self.terms: dict[Tensor, Term] = {}
+        self.total: Tensor | None = None
         self._formed = 0  # bytes of them that are neither rows nor kept by the noise
         self._of: tuple[PendingObservation | None, int] | None = None
         self._missed: dict[Tensor, str] = {}  # parameter -> why
@@ -63,6 +67,7 @@ class Displacements:
     def forget(self) -> None:
         """The next forward needs other deltas."""
         self.terms, self._of, self._squares, self._formed = {}, None, {}, 0
+        self.total = None
 
     def forget_passes(self) -> None:
         """What the passes of the step under way have shown is dropped."""
@@ -86,7 +91,7 @@ class Displacements:
             self.forget()
             if due is not None:
                 due.forget_weights()
-        self.terms, self._of, self._formed = {}, (due, v), 0
+        self.terms, self.total, self._of, self._formed = {}, None, (due, v), 0
         self._squares.pop(v, None)
         if due is None:
             return
@@ -97,11 +102,17 @@ class Displacements:
             unit_N, factors = self.noise.displacement(bucket, v, clean, rates, due, context)
             check_returned(self.noise, "displacement", unit_N, (bucket.size,))
             check_returned(self.noise, "displacement", factors, (len(rates),))
+            self._add_up(unit_N, factors)
             if not storages([unit_N]) & known:
                 self._formed += unit_N.nbytes
             for t, p in enumerate(bucket.parameters):
                 if factors[t] and p.shape == bucket.shapes[t]:
                     self.terms[p] = Term(bucket.view(unit_N, t), factors[t], v)
+
+    def _add_up(self, unit_N: Tensor, factors: Sequence[float]) -> None:
+        """Of one bucket more; also where a unit that is not finite has a factor of 0."""
+        sum_ = unit_N.sum(dtype=torch.float32) * sum(map(abs, factors))
+        self.total = sum_ if self.total is None else self.total + sum_.to(self.total)
 
     def measure(self, context: StepContext, learning_rates: Rates) -> None:
         """Measure the deltas that were formed last, unless they are measured already."""

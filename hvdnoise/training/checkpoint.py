@@ -24,6 +24,7 @@ from typing import Any, Callable
 import torch
 
 from hvdnoise.comm import World
+from hvdnoise.training import finite
 from hvdnoise.training.fetch import digest
 from hvdnoise.training.manifest import FORMAT, BrokenCheckpoint, read_manifest
 from hvdnoise.training.progress import log
@@ -37,6 +38,10 @@ _NAME = re.compile(r"step-([0-9]{8,})")
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; one line, equal on all ranks."""
+
+
+class NotFiniteError(CheckpointError):
+    """What was to be written is not finite, so it was not written."""
 
 
 def folder_of(step: int) -> str:
@@ -67,7 +72,8 @@ def save(checkpoints: Path, step: int, shared: State | None, own: State, world: 
             plain containers only.
 
     Raises:
-        CheckpointError: on all ranks, when a rank could not write (the earlier checkpoints stay).
+        CheckpointError: on all ranks, when a rank could not write, or something is not finite (the
+            earlier checkpoints stay).
     """
     final = checkpoints / folder_of(step)
     part = final.with_suffix(".tmp")
@@ -98,6 +104,7 @@ def _begin(part: Path) -> None:
 
 
 def _write(path: Path, state: State | None) -> dict[str, Any]:
+    finite.check(state)
     with path.open("wb") as file:
         torch.save(state, file)
         file.flush()
@@ -130,19 +137,25 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def gather_or_raise(world: World, what: str, action: Callable[[], Any]) -> list[Any]:
-    """What ``action`` gave on each rank (JSON values); an OSError on one is a CheckpointError on
-    all. Collective."""
-    value, error = None, None
+    """What ``action`` gave on each rank (JSON values); an OSError or NotFinite on one is a
+    CheckpointError on all. Collective."""
+    value, error, infinite = None, None, None
     try:
         value = action()
+    except finite.NotFinite as problem:
+        infinite = str(problem)
     except (OSError, RuntimeError) as problem:  # torch.save raises RuntimeError on a full disk
         error = f"{type(problem).__name__}: {problem}".splitlines()[0]
-    everyone = world.gather_json([value, error], name=f"checkpoint.{what}")
-    for rank, (_, text) in enumerate(everyone):
-        if text is not None:
-            raise CheckpointError(f"{world.places()[rank]} could not write ({text}): free some "
+    everyone = world.gather_json([value, error, infinite], name=f"checkpoint.{what}")
+    for rank, (_, error, infinite) in enumerate(everyone):
+        if infinite is not None:
+            raise NotFiniteError(f"{infinite} on {world.places()[rank]}, and is not written: lower "
+                                 "optim.lr or the noise's scale, or set clip_norm; earlier "
+                                 "checkpoints are intact")
+        if error is not None:
+            raise CheckpointError(f"{world.places()[rank]} could not write ({error}): free some "
                                   "space or give another run_dir; earlier checkpoints are intact")
-    return [value for value, _ in everyone]
+    return [value for value, *_ in everyone]
 
 
 # ---------------------------------------------------------------------- reading

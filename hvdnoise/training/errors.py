@@ -1,4 +1,4 @@
-"""What settings raise."""
+"""What settings and runs raise."""
 
 
 class ConfigError(ValueError):
@@ -7,3 +7,7 @@ class ConfigError(ValueError):
 
 class DataError(ValueError):
     """A data set is missing, damaged or too small; one line that names the path and the remedy."""
+
+
+class Diverged(RuntimeError):
+    """The run cannot go on with the numbers it has; one line, equal on all ranks."""

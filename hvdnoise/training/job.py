@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import random
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from hvdnoise.training import data, models
 from hvdnoise.training.config import TrainConfig, flatten
 from hvdnoise.training.ema import make_ema
 from hvdnoise.training.evaluate import mean_buffers, own_buffers, set_buffers
+from hvdnoise.training.guard import Guard
 from hvdnoise.training.heartbeat import FolderLock
 from hvdnoise.training.meter import Batches
 from hvdnoise.training.optim import build_optimizer, build_schedule
@@ -47,6 +48,8 @@ class Counters:
     seconds: float = 0.0
     bad_steps: int = 0
     bad_in_a_row: int = 0
+    last_bad_step: int = 0  # 0: there was none
+    bad_workers: dict[str, int] = field(default_factory=dict)  # bad steps by "rank 0, worker 1"
     best_accuracy: float = -1.0
     best_step: int = 0
     gradient_evaluations: int = 0
@@ -72,6 +75,11 @@ class Job:
     best: State | None = None  # with validation: the best weights, on the CPU, equal on all ranks
     digests: dict[str, str] = field(default_factory=dict)  # of the data, once ranks agree on them
     lock: FolderLock | None = None  # rank 0's, of the run folder
+    guard: Guard = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.guard = Guard(self.model, self.optimizer, self.world, scaled=self.scaler.is_enabled(),
+                           workers=self.sampler.worker_ids)
 
     @property
     def epoch(self) -> float:
@@ -109,7 +117,7 @@ class Job:
                 "ema": None if self.ema is None else
                 {**self.ema.state_dict(), **mean_buffers(self.ema, self.world)},
                 "optimizer": optimizer, "scaler": self.scaler.state_dict(),
-                "best": self.best, "counters": vars(self.counters).copy(),
+                "best": self.best, "counters": asdict(self.counters),
                 "config": flatten(self.config), "data": self.digests,
                 "steps_per_epoch": self.sampler.steps_per_epoch,
                 "examples_per_step": self.batches.total, "versions": versions()}

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +22,10 @@ from hvdnoise.comm import World
 from hvdnoise.streams import seed_for
 from hvdnoise.training import data
 from hvdnoise.training.agreement import agree_on_data
+from hvdnoise.training.checkpoint import NotFiniteError
 from hvdnoise.training.config import TrainConfig
+from hvdnoise.training.errors import Diverged
+from hvdnoise.training.guard import NotTaken
 from hvdnoise.training.job import Job, align, build
 from hvdnoise.training.meter import Meter
 from hvdnoise.training.milestones import diverged, finish, preempted, save, score
@@ -37,16 +39,13 @@ from hvdnoise.training.validation import check_run_dir
 MEASURES_PER_LINE = 4  # steps of a log interval whose norms are measured
 
 
-class Diverged(RuntimeError):
-    """Too many steps in a row without a finite gradient; equal on all ranks."""
-
-
 def run(config: TrainConfig, world: World, device: torch.device, preemption: Preemption) -> int:
     """Train as ``config`` says; the exit code. Collective.
 
     Raises:
         ConfigError, DataError: for settings or data that cannot be used; nothing was created.
-        CheckpointError, Diverged: on all ranks alike.
+        CheckpointError, Diverged: on all ranks alike. Where something is not finite, the folder
+            has a summary that says so.
     """
     data.prepare(config.data, world)
     job = call_or_raise(world, lambda: build(config, world, device))
@@ -81,7 +80,7 @@ def _run(job: Job, folder: Path, preemption: Preemption) -> int:
     log.info("exchange %s: %s", job.optimizer.exchange_plan, job.optimizer.exchange_reason)
     try:
         return train(job, folder, records, progress, preemption)
-    except Diverged as error:
+    except (Diverged, NotFiniteError) as error:
         diverged(job, folder, str(error))
         raise
     finally:
@@ -135,45 +134,69 @@ def train(job: Job, folder: Path, records: Records, progress: Progress, preempti
 def take_step(job: Job, batches: Iterator[tuple[Tensor, Tensor]], meter: Meter) -> None:
     """One step: forward and backward of each of this rank's workers, and the update.
 
-    A gradient that is not finite (equal on all ranks, being the mean) is not used: the weights
-    stay as they are, and the step is counted as bad.
+    Where something is not finite, the step is not taken, on all ranks alike, and leaves no trace
+    but that it is counted as bad (`hvdnoise.training.guard`).
     """
     started = time.perf_counter()
-    config, optimizer, at = job.config, job.optimizer, job.counters
+    optimizer, at = job.optimizer, job.counters
+    job.guard.begin()
     rate = job.set_learning_rate()
     parts = [next(batches) for _ in job.sampler.worker_ids]
     shows = _announce(job)
-    result: dict[str, Any] = {}
+    sums, taken = _update(job, parts)
+    at.step += 1
+    at.exchange_bytes += job.received_in_a_step
+    if taken:
+        if job.ema is not None:
+            job.ema.update_parameters(job.model)
+        # of a noise with echo: what a batch has shown goes when it was drawn for the last time
+        optimizer.repeated = job.sampler.repetition(at.step) > 0
+        if shows and optimizer.spectrum is not None:
+            meter.spectrum = at.step, optimizer.spectrum
+    _count_bad(job, bad=not taken)
+    seconds = time.perf_counter() - started
+    at.seconds += seconds
+    meter.add(sums, learning_rate=rate, seconds=seconds, bad=not taken,
+              waiting=optimizer.communication_seconds,
+              measured=optimizer.measured if optimizer.measure else None)
+
+
+def _update(job: Job, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, bool]:
+    """Move the weights by the batches of this rank's workers; the sums of the forwards, and whether
+    the step was taken."""
+    optimizer, scaler, guard = job.optimizer, job.scaler, job.guard
+    two_passes = optimizer.noise is not None and optimizer.noise.lag == 0
+    sums: list[Tensor] = []
 
     def gradients() -> None:
         optimizer.zero_grad()
-        result["sums"] = _forward_and_backward(job, parts)
-        job.scaler.unscale_(optimizer)
-        norm = clip_grad_norm_(job.model.parameters(), config.clip_norm or math.inf)
-        result["bad"] = not bool(torch.isfinite(norm))
-        if result["bad"]:
-            for p in job.model.parameters():
-                p.grad = None
+        sums[:] = [_forward_and_backward(job, parts)]
+        if guard.evaluated() == 1 and two_passes:  # for the noise alone
+            return
+        scaler.unscale_(optimizer)
+        guard.check(_clip(job))
 
-    if optimizer.noise is not None and optimizer.noise.lag == 0:
-        optimizer.step(gradients)
-    else:
-        gradients()
-        if not result["bad"]:
-            job.scaler.step(optimizer)
-        job.scaler.update()
-    if job.ema is not None and not result["bad"]:
-        job.ema.update_parameters(job.model)
-    at.step += 1
-    at.exchange_bytes += job.received_in_a_step
-    if shows and not result["bad"] and optimizer.spectrum is not None:
-        meter.spectrum = at.step, optimizer.spectrum
-    _count_bad(job, result["bad"])
-    seconds = time.perf_counter() - started
-    at.seconds += seconds
-    meter.add(result["sums"], learning_rate=rate, seconds=seconds, bad=result["bad"],
-              waiting=optimizer.communication_seconds,
-              measured=optimizer.measured if optimizer.measure else None)
+    try:
+        if two_passes:
+            optimizer.step(gradients)
+        else:
+            gradients()
+            scaler.step(optimizer)
+        taken = True
+    except NotTaken:
+        guard.undo()
+        taken = False
+    if not two_passes:
+        scaler.update()
+    return sums[0], taken
+
+
+def _clip(job: Job) -> Tensor:
+    """() the norm of the gradient, which is limited to ``clip_norm``, if that is set."""
+    if job.config.clip_norm is not None:
+        return clip_grad_norm_(job.model.parameters(), job.config.clip_norm)
+    gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
 
 def _announce(job: Job) -> bool:
@@ -208,7 +231,8 @@ def _forward_and_backward(job: Job, parts: list[tuple[Tensor, Tensor]]) -> Tenso
                 logits = job.model(x)
             losses = _losses(config, logits, y)
             loss = job.optimizer.weigh(losses) / config.accumulate
-            job.scaler.scale(loss).backward()
+            start = job.guard.start(loss, worker)
+            job.scaler.scale(loss).backward(gradient=start)
             loss_sum = loss_sum + losses.detach().double().sum()
             right = right + (logits.argmax(1) == y).sum()
             count += len(y)
@@ -235,14 +259,19 @@ def _losses(config: TrainConfig, logits: Tensor, labels: Tensor) -> Tensor:
                            label_smoothing=config.label_smoothing)
 
 
-def _count_bad(job: Job, bad: bool) -> None:
+def _count_bad(job: Job, *, bad: bool) -> None:
     at = job.counters
-    at.bad_steps += bad
     at.bad_in_a_row = at.bad_in_a_row + 1 if bad else 0
-    if at.bad_in_a_row >= job.config.max_bad_steps:
-        raise Diverged(f"the gradient was not finite in {at.bad_in_a_row} steps in a row, the last "
-                       f"at step {at.step}: lower optim.lr or the noise's scale, set clip_norm, or "
-                       "look for bad data; the last checkpoint is intact")
+    if bad:
+        at.bad_steps, at.last_bad_step = at.bad_steps + 1, at.step
+        for rank, worker in job.guard.explain(at.step, at.bad_in_a_row):
+            name = f"rank {rank}, worker {worker}"
+            at.bad_workers[name] = at.bad_workers.get(name, 0) + 1
+    in_a_row = job.guard.same_steps.compare(at.bad_steps, at.bad_in_a_row)
+    if in_a_row >= job.config.max_bad_steps:
+        raise Diverged(f"the gradient was not finite in {in_a_row} steps in a row, the last "
+                       f"at step {at.last_bad_step}: lower optim.lr or the noise's scale, set "
+                       "clip_norm, or look for bad data; the last checkpoint is intact")
 
 
 def _due(step: int, every: int) -> bool:

@@ -9,13 +9,13 @@ from typing import Any, Callable, Iterator
 
 from torch import nn
 
-from hvdnoise.training import checkpoint, data, heartbeat, models
+from hvdnoise.training import checkpoint, data, heartbeat, models, weights
 from hvdnoise.training.evaluate import Score, common_buffers, evaluate, evaluate_all
 from hvdnoise.training.images import Images
 from hvdnoise.training.job import Job
 from hvdnoise.training.progress import log
 from hvdnoise.training.records import Records, weights_digest, write_text
-from hvdnoise.training.runfolder import config_digest, write_weights
+from hvdnoise.training.runfolder import config_digest
 
 Scores = dict[str, float]
 
@@ -99,11 +99,11 @@ def _naming(folder: Path) -> Iterator[None]:
     try:
         yield
     except checkpoint.CheckpointError as error:
-        raise checkpoint.CheckpointError(f"run folder {folder}: {error}") from error
+        raise type(error)(f"run folder {folder}: {error}") from error
 
 
 def _write_weights(job: Job, path: Path, state: dict[str, Any]) -> None:
-    _write(job, path.parent, "weights", lambda: write_weights(path, state))
+    _write(job, path.parent, "weights", lambda: weights.write(path, state))
 
 
 def _write_facts(job: Job, path: Path, facts: dict[str, Any]) -> None:
@@ -112,6 +112,7 @@ def _write_facts(job: Job, path: Path, facts: dict[str, Any]) -> None:
 
 def save(job: Job, folder: Path) -> int:
     """Write a checkpoint; the step it is of."""
+    job.guard.same_steps.settle()
     shared = job.shared_state()
     # not its parents: a run folder that has gone is not made anew
     _write(job, folder, "folder", lambda: (folder / "checkpoints").mkdir(exist_ok=True))
@@ -160,8 +161,10 @@ def finish(job: Job, folder: Path, records: Records, scores: Scores) -> None:
             with common_buffers(model, world):
                 _write_weights(job, folder / f"{name}.pt", model.state_dict())
                 digests[f"{name.replace('-', '_')}_sha256"] = weights_digest(model.state_dict())
+    files = checkpoint.gather_or_raise(world, "digests", lambda: weights.digests(folder)
+                                       if world.rank == 0 else None)[0]
     summary = {"outcome": "finished", **best, **scores, "best_step": at.best_step,
-               "bad_steps": at.bad_steps, **digests, **_facts(job),
+               **digests, "files_sha256": files, **_facts(job),
                "gradient_evaluations": at.gradient_evaluations,
                "exchange_bytes": round(at.exchange_bytes)}
     _write_facts(job, folder / "summary.json", summary)
@@ -180,6 +183,8 @@ def _facts(job: Job) -> dict[str, Any]:
     """What every summary says."""
     at = job.counters
     return {"steps": at.step, "epochs": job.epoch, "seconds": round(at.seconds, 3),
+            "bad_steps": at.bad_steps, "last_bad_step": at.last_bad_step or None,
+            "bad_workers": at.bad_workers,
             "ranks": job.world.size, "workers": job.sampler.num_workers,
             "worker_batch": job.batches.worker, "global_batch": job.batches.total,
             "config_sha256": config_digest(job.config),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
@@ -14,8 +15,7 @@ from hvdnoise.training.evaluate import evaluate
 from hvdnoise.training.options import from_file
 from hvdnoise.training.progress import log
 from hvdnoise.training.runfolder import call_or_raise
-
-_FILES = {"final": "weights.pt", "best": "weights-best.pt", "ema": "weights-ema.pt"}
+from hvdnoise.training.weights import FILES, read
 
 
 def find(run: str, which: str, data_root: str | None) -> tuple[TrainConfig, Path]:
@@ -31,12 +31,12 @@ def find(run: str, which: str, data_root: str | None) -> tuple[TrainConfig, Path
         raise ConfigError(f"run={run or '(none)'} holds no config.yaml: give the folder of a run")
     config = from_file(TrainConfig, folder / "config.yaml", program="hvdnoise eval",
                        without=("noise", "plugins"))
-    weights = folder / _FILES[which] if which in _FILES else Path(which)
+    weights = folder / FILES[which] if which in FILES else Path(which)
     if weights.is_dir():
         weights = weights / "shared.pt"
     if not weights.is_file():
         others = [str(path) for path in checkpoint.found(folder / "checkpoints")]
-        others += [name for name, file in _FILES.items() if (folder / file).is_file()]
+        others += [name for name, file in FILES.items() if (folder / file).is_file()]
         raise ConfigError(f"checkpoint={which}: there is no {weights}; there are: "
                           f"{', '.join(others) or 'none'}")
     if data_root is not None:
@@ -49,18 +49,18 @@ def restore(config: TrainConfig, weights: Path, device: torch.device
     """The data sets of a run, which `data.prepare` has made ready, and its model with ``weights``.
 
     Raises:
-        ValueError: when there are no such weights or data; ConfigError when they do not fit.
+        ValueError: when there are no such weights or data, or the weights are damaged, not finite,
+            or do not fit.
     """
     datasets = data.build(config.data, seed=config.seed)
     model = models.build(config.model, datasets.spec.num_classes, datasets.spec.image_shape,
                          norm=config.norm)
-    if weights.name == "shared.pt":
-        checkpoint.check(weights.parent, {"shared.pt"})
-    state = checkpoint.read(weights)
+    state = read(weights)
     try:
-        model.load_state_dict(state["model"] if weights.name == "shared.pt" else state)
-    except (RuntimeError, KeyError) as error:
-        raise ConfigError(f"{weights} does not fit the model {config.model}: {error}") from error
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        text = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{weights} does not fit the model {config.model}: {text}") from error
     return datasets, model.to(device)
 
 
@@ -72,6 +72,9 @@ def score(config: TrainConfig, weights: Path, world: World, device: torch.device
     batches = data.eval_loader(datasets.test, size=world.size, rank=world.rank,
                                batch_size=batch_size)
     found = evaluate(model, batches, world, device)
+    if not math.isfinite(found.loss):
+        raise ConfigError(f"the loss of {weights} is {found.loss} on the test images, so there is "
+                          "no score: give another --checkpoint")
     log.info("test accuracy %.4f  test loss %.4f  on %d examples of %s, weights %s",
              found.accuracy, found.loss, found.count, config.data.dataset, weights)
     return 0

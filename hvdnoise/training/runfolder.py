@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
-import torch
 import yaml
 from torch import nn
 
@@ -24,7 +23,7 @@ from hvdnoise.training.config import ConfigError, TrainConfig, identity, nested
 from hvdnoise.training.heartbeat import FolderLock
 from hvdnoise.training.together import call_or_raise
 
-__all__ = ["call_or_raise", "config_digest", "hold_folder", "open_folder", "write_weights"]
+__all__ = ["call_or_raise", "config_digest", "hold_folder", "open_folder"]
 
 
 def hold_folder(config: TrainConfig, world: World, model: nn.Module, on_loss: Callable[[], None]
@@ -90,10 +89,3 @@ def _check_space(config: TrainConfig, folder: Path, model: nn.Module) -> None:
 def config_digest(config: TrainConfig) -> str:
     """SHA-256 over the settings that make the run what it is."""
     return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
-
-
-def write_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """Write a state dict, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    torch.save(state, part)
-    part.replace(path)
