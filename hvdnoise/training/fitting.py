@@ -115,10 +115,18 @@ def _check_optimizer(job: Job, found: State) -> None:
 def _check_counters(found: State, step: int) -> None:
     for name, value in found.items():
         known = vars(Counters()).get(name)
-        right = _is_number(value) and math.isfinite(value) if isinstance(known, float) else \
-            type(value) is int and value >= 0
-        _require(known is not None and right, f"counters.{name}")
+        _require(known is not None and _is_count(known, value), f"counters.{name}")
     _require(found.get("step") == step, "counters.step")
+
+
+def _is_count(known: Any, value: Any) -> bool:
+    """Whether a counter has the form of that of a new run."""
+    if isinstance(known, dict):
+        return isinstance(value, dict) and all(
+            isinstance(name, str) and _is_count(0, each) for name, each in value.items())
+    if isinstance(known, float):
+        return _is_number(value) and math.isfinite(value)
+    return type(value) is int and value >= 0
 
 
 def _check_like(expected: Any, found: Any, name: str) -> None:
