@@ -98,8 +98,10 @@ def _write(job: Job, folder: Path, what: str, action: Callable[[], None]) -> Non
 def _naming(folder: Path) -> Iterator[None]:
     try:
         yield
+    except checkpoint.NotFiniteError:  # has nothing to do with the folder
+        raise
     except checkpoint.CheckpointError as error:
-        raise type(error)(f"run folder {folder}: {error}") from error
+        raise checkpoint.CheckpointError(f"run folder {folder}: {error}") from error
 
 
 def _write_weights(job: Job, path: Path, state: dict[str, Any]) -> None:
