@@ -7,3 +7,7 @@ class ConfigError(ValueError):
 
 class DataError(ValueError):
     """A data set is missing, damaged or too small; one line that names the path and the remedy."""
+
+
+class CommonDataError(DataError):
+    """A `DataError` that all ranks raise together."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from hvdnoise import watchdog
 from hvdnoise.training import checkpoint, data, models
 from hvdnoise.training.evaluate import Score, common_buffers, evaluate, evaluate_all
 from hvdnoise.training.images import Images
@@ -97,6 +98,7 @@ def _write_facts(job: Job, path: Path, facts: dict[str, Any]) -> None:
                                if job.world.rank == 0 else None)
 
 
+@watchdog.phase("checkpoint")
 def save(job: Job, folder: Path) -> int:
     """Write a checkpoint; the step it is of."""
     shared = job.shared_state()
@@ -114,6 +116,7 @@ def preempted(job: Job, folder: Path, *, saved: bool) -> None:
     _write_facts(job, folder / "preempted.json", {"step": at.step})
     log.warning("SIGTERM: saved at step %d of %d; go on with --run_dir %s --resume auto", at.step,
                 job.total_steps, folder)
+    watchdog.enter("finish", at.step)
     job.world.barrier("preempted")  # a launcher ends the other ranks when the first one exits
 
 

@@ -41,6 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvdnoise import watchdog
 from hvdnoise.training import plugins
 from hvdnoise.training.progress import log
 
@@ -152,6 +153,10 @@ def start_logs(folder: Path, rank: int) -> None:
     file = _LogFile(folder / "logs" / f"rank-{rank}.log")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
+    watched = watchdog.current()
+    if watched is not None:
+        watched.log = Path(file.baseFilename)
+        watched.peers.share(folder / "logs")
     log.info("rank %d, process %d on %s", rank, os.getpid(), socket.gethostname(),
              extra={"terminal": False})
 

@@ -17,7 +17,7 @@ import torch
 import yaml
 from torch import nn
 
-from hvdnoise import comm
+from hvdnoise import comm, watchdog
 from hvdnoise.comm import World
 from hvdnoise.training import checkpoint, records
 from hvdnoise.training.config import (
@@ -51,6 +51,7 @@ def call_or_raise(world: World, action: Callable[[], T]) -> T:
 # ---------------------------------------------------------------------- what to go on from
 
 
+@watchdog.phase("checkpoint")
 def find_source(config: TrainConfig, world: World) -> tuple[State, State | None] | None:
     """The shared state and this rank's own to go on from; None to start at step 0. Collective.
 
