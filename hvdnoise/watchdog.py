@@ -3,9 +3,9 @@
 Horovod's own stall check shares the loop that blocks, so it cannot end a blocked rank. A thread
 does here: when nothing has gone on for longer than the limit of the phase (`hvdnoise.limits`), it
 prints the stacks of all threads and a last line with the rank, the phase, the collective and what
-is known of the other ranks (`hvdnoise.peers`), and ends the process, whose exit makes the launcher
-end the rest. The clock counts wakings of this thread, not wall time, so that a machine or a job that
-was suspended does not trip it when it wakes up.
+is known of the other ranks (`hvdnoise.peers`). Then it ends the process, and the launcher the rest.
+The clock counts wakings of this thread, not wall time, so that a machine or a job that was
+suspended does not trip it when it wakes up.
 
 It also looks after the launcher (`hvdnoise.ancestors`): once that is gone, this rank asks for a
 save, as SIGTERM does, and ends after `ORPHAN_SECONDS` at most.
@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from contextlib import contextmanager
@@ -110,7 +111,7 @@ class Watchdog:
         """Where this rank stands, such as "in step 7"; empty where no phase is known."""
         return self._at.text()
 
-    def _in_place(self) -> str:
+    def in_place(self) -> str:
         return f" {self.place()}" if self.place() else ""
 
     def _describe(self) -> str:
@@ -140,15 +141,15 @@ class Watchdog:
         """Seconds since the launcher was found gone; -1 while it is there."""
         if orphaned >= 0:
             if orphaned + passed >= ORPHAN_SECONDS:
-                self._end(f"ends{self._in_place()}: its launcher is gone, and it did not end by itself "
-                          f"within {ORPHAN_SECONDS:g} s")
+                self._end(f"ends{self.in_place()}: its launcher is gone, and it did not end "
+                          f"by itself in {ORPHAN_SECONDS:g} s")
             return orphaned + passed
         gone = ancestors.first_gone(self._ancestors)
         if gone is None:
             return -1.0
         text = f"its launcher is gone ({gone.command}, process {gone.pid})"
         if self.ask is None and not callable(signal.getsignal(signal.SIGTERM)):
-            self._end(f"ends{self._in_place()}: {text}", stacks=False)
+            self._end(f"ends{self.in_place()}: {text}", stacks=False)
         self.say(f"hvdnoise: rank {self.rank}: {text}: asking for a save, then it ends")
         if self.ask is not None:
             self.ask()
@@ -159,11 +160,11 @@ class Watchdog:
     # ------------------------------------------------------------------ the end
 
     def _too_long(self, at: Position, limit: float) -> str:
-        others = self.peers.account() or (
-            "another rank is stalled, gone, or took another path" if at.waits else "")
-        did = f"waited {limit:g} s for {at.waits!r}{self._in_place()}" if at.waits else \
-            f"stood still for {limit:g} s{self._in_place()}, outside of any collective"
-        return f"{did}: {others or 'its stacks are above'}; ending this rank " \
+        others = "see its stacks above" if not at.waits else \
+            self.peers.account() or "another rank is stalled, gone, or took another path"
+        did = f"waited {limit:g} s for {at.waits!r}{self.in_place()}" if at.waits else \
+            f"stood still for {limit:g} s{self.in_place()}, outside of any collective"
+        return f"{did}: {others}; ending this rank " \
                f"({limits.variable(at.phase)} sets the limit)"
 
     def _end(self, did: str, *, stacks: bool = True, own: bool = False) -> None:
@@ -174,7 +175,8 @@ class Watchdog:
         with self._ending:  # one thread only
             self.peers.end(did if own else FOLLOWS)
             if stacks:
-                self._dump()
+                with contextlib.suppress(OSError):
+                    self._dump()
             self.say(f"hvdnoise: rank {self.rank} {did}")
             for child in multiprocessing.active_children():  # of a data loader
                 child.kill()
@@ -182,20 +184,17 @@ class Watchdog:
 
     def _dump(self) -> None:
         """All stacks, on stderr and into the log."""
-        with contextlib.suppress(Exception):
-            sys.stderr.write(f"hvdnoise: stacks of rank {self.rank}, process {os.getpid()}:\n")
-            sys.stderr.flush()
-            faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        if self.log is not None:
-            with contextlib.suppress(OSError), self.log.open("a") as file:
-                file.write("stacks of all threads:\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
+        with tempfile.TemporaryFile("w+") as file:  # so that it is written in one piece
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            self.say(f"hvdnoise: stacks of rank {self.rank}, process {os.getpid()}:\n"
+                     f"{file.read()}")
 
     def say(self, line: str) -> None:
-        """One line on stderr and in the log, whatever the rest of the process waits for."""
+        """On stderr and in the log, whatever the rest of the process waits for."""
         with contextlib.suppress(Exception):
-            print(line, file=sys.stderr, flush=True)
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
         if self.log is not None:
             with contextlib.suppress(OSError), self.log.open("a") as file:
                 file.write(f"{line}\n")

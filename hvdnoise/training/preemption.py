@@ -86,7 +86,7 @@ class Preemption:
             return
         if others := watched.peers.account(lost=True):
             watched.peers.end()
-            watched.say(f"hvdnoise: rank {watched.rank} ends: {others}")
+            watched.say(f"hvdnoise: rank {watched.rank} ends{watched.in_place()}: {others}")
 
     def agreed(self, world: World) -> bool:
         """Whether the ranks stop at this step boundary. Collective: call it at each one."""

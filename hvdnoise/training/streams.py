@@ -34,8 +34,9 @@ class _Lasting(io.FileIO):
                 self._lost = True
                 if error.errno not in (errno.EPIPE, errno.EIO):
                     lost.append(f"{self._what} cannot be written: {error}")
-                log.warning("%s is lost (%s): what is said stands in the logs alone", self._what,
-                            error, extra={"terminal": False})
+                if log.handlers:  # of a run
+                    log.warning("%s is lost (%s): what is said stands in the logs alone",
+                                self._what, error, extra={"terminal": False})
         return memoryview(data).nbytes
 
 
