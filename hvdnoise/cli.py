@@ -18,7 +18,7 @@ from hvdnoise import comm
 from hvdnoise.training import process
 from hvdnoise.training.config import ConfigError, TrainConfig
 from hvdnoise.training.options import parse
-from hvdnoise.training.streams import make_lasting
+from hvdnoise.training.output import make_lasting
 
 T = TypeVar("T")
 _USAGE = """usage: hvdnoise train [--config YAML] [--FLAG VALUE ...]   train a network

@@ -341,8 +341,8 @@ listen() {
             own=${own:-${BASH_REMATCH[1]}}
         elif [[ $line =~ hvdnoise:\ (rank\ [0-9]+\ (ends|waited).*) ]]; then
             other=${other:-${BASH_REMATCH[1]}}
-        elif [[ $line =~ process\ rank\ ([0-9]+)\ with\ .*\ (on\ signal\ .*|improperly) ]]; then
-            rank=${rank:-${BASH_REMATCH[1]}} how=${how:-${BASH_REMATCH[2]}}
+        elif [[ $line =~ process\ rank\ ([0-9]+)\ with\ PID(.*\ (on\ signal\ .*))? ]]; then
+            rank=${rank:-${BASH_REMATCH[1]}} how=${how:-${BASH_REMATCH[3]}}
         elif [[ $line =~ ^\ *Process\ name:\ (\[\[.*,)?([0-9]+)\]?$ ]]; then
             rank=${rank:-${BASH_REMATCH[2]}}
         elif [[ $line =~ ^\ *Exit\ code:\ *([0-9]+)$ ]]; then

@@ -16,7 +16,7 @@ import torch
 
 from hvdnoise import limits, watchdog
 from hvdnoise.comm import World
-from hvdnoise.training import streams
+from hvdnoise.training import output
 from hvdnoise.training.errors import ConfigError, DataError
 from hvdnoise.training.progress import log
 
@@ -104,9 +104,9 @@ def said_all() -> int:
     """The exit code of a command that only prints: 1, with a line, where that could not be written
     for another reason than that its reader had read enough."""
     sys.stdout.flush()
-    if not streams.lost:
+    if not output.lost:
         return 0
-    _say(streams.lost[0])
+    _say(output.lost[0])
     return EXIT_FAILED
 
 
