@@ -18,6 +18,7 @@ from hvdnoise import comm
 from hvdnoise.training import process
 from hvdnoise.training.config import ConfigError, TrainConfig
 from hvdnoise.training.options import parse
+from hvdnoise.training.output import make_lasting
 
 T = TypeVar("T")
 _USAGE = """usage: hvdnoise train [--config YAML] [--FLAG VALUE ...]   train a network
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The program; returns its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     launched = comm.environment()
+    make_lasting()
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     commands: dict[str, Callable[[Sequence[str], dict[str, int]], int]] = {
         "train": _train, "eval": _eval, "measure": _measure, "study": _study,
@@ -86,9 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command not in commands:
             raise ConfigError(f"unknown command {command!r}: give train, eval, measure, study, "
                               "report, plan, bench, quadratic or doctor; see hvdnoise --help")
-        return commands[command](rest, launched)
+        code = commands[command](rest, launched)
     except ConfigError as error:
         return process.refuse(str(error), launched)
+    if code == 0 and command in ("doctor", "plan", "report"):  # what they say is all that they do
+        return process.said_all()
+    return code
 
 
 def _parse(kind: type[T], arguments: Sequence[str], launched: dict[str, int], **options: Any) -> T:
@@ -107,6 +112,7 @@ def _train(arguments: Sequence[str], launched: dict[str, int]) -> int:
     from hvdnoise.training import agreement, loop
     from hvdnoise.training.preemption import Preemption
     preemption = Preemption()
+    process.watch(launched).ask = preemption.want
     process.set_threads(config.threads, launched["local_size"])
     process.be_deterministic()
     return _in_world(launched, agreement.settings(config), lambda world: loop.run(
@@ -144,6 +150,7 @@ def _measure(arguments: Sequence[str], launched: dict[str, int]) -> int:
 
 def _study(arguments: Sequence[str], launched: dict[str, int]) -> int:
     from hvdnoise.study.run import run
+    process.check_limits()
     if launched["size"] > 1 and "SLURM_STEP_ID" not in os.environ or launched["rank"] > 0:
         raise ConfigError(f"hvdnoise study starts ranks by itself, and here are {launched['size']}"
                           " of it: start it without a launcher")
@@ -200,6 +207,7 @@ def _doctor(arguments: Sequence[str], launched: dict[str, int]) -> int:
         if launched["rank"] == 0:
             print(version_line())
         return 0
+    process.check_limits()
     return examine(launched, data_root=config.data_root, launch=config.launch,
                    seconds=config.seconds)
 
@@ -209,10 +217,12 @@ def _in_world(launched: dict[str, int], facts: dict[str, Any],
     """Start Horovod, see that all ranks agree on ``facts``, run, and end whatever happens."""
     from hvdnoise.training.agreement import environment
     from hvdnoise.training.checkpoint import CheckpointError
-    from hvdnoise.training.dataspec import DataError
+    from hvdnoise.training.errors import CommonDataError
     from hvdnoise.training.loop import Diverged
     from hvdnoise.training.progress import start_terminal
     from hvdnoise.training.records import versions
+    watched = process.watch(launched)
+    watched.enter("start")
     start_terminal(launched["rank"])
     rank = launched["rank"]
     try:
@@ -220,12 +230,15 @@ def _in_world(launched: dict[str, int], facts: dict[str, Any],
         rank = world.rank
         try:
             _handshake(world, {**versions(), **environment(), **facts})
+            watched.enter("")
             code = action(world)
-        except (ConfigError, DataError) as error:
+        except (ConfigError, CommonDataError) as error:
             code = process.fail_together(str(error), world, process.EXIT_BAD_INPUT)
         except (CheckpointError, Diverged) as error:
             code = process.fail_together(str(error), world, process.EXIT_FAILED)
+        watched.enter("finish")
         comm.shutdown()
+        watched.rest()
         return code
     except BaseException as error:
         process.crash(error, rank)

@@ -14,14 +14,16 @@ import time
 import warnings
 import weakref
 from collections import Counter, defaultdict
+from contextlib import nullcontext
 from typing import Any, Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from hvdnoise import watchdog
 from hvdnoise.launched import environment, launched
+from hvdnoise.limits import raise_gloo_timeout
 from hvdnoise.ordering import FinishOrder
-from hvdnoise.watchdog import Watchdog, timeout_from_environment
 from hvdnoise.world import Finished, Handle, World, group_of, handshake
 
 __all__ = ["ALONE", "Finished", "Handle", "HorovodWorld", "World", "adasum_optimizer",
@@ -97,7 +99,7 @@ class HorovodWorld(World):
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
         self._ops = {"average": hvd.Average, "sum": hvd.Sum, "min": hvd.Min, "max": hvd.Max,
                      "product": hvd.Product}
-        self.watchdog = _watchdog(hvd.rank())
+        self.watchdog = watchdog.begin(hvd.rank(), hvd.size())
         self._shared_gpu: bool | None = None  # not known yet
         self._counts = _counts[self.process_set.process_set_id]
         self._order = _orders[self.process_set.process_set_id]
@@ -188,16 +190,8 @@ def _horovod() -> Any:
     return hvd
 
 
-_watchdogs: dict[int, Watchdog] = {}
 _counts: defaultdict[int, Counter[str]] = defaultdict(Counter)  # by process set
 _orders: defaultdict[int, FinishOrder] = defaultdict(FinishOrder)
-
-
-def _watchdog(rank: int) -> Watchdog:
-    """One watchdog a process, whatever the number of worlds."""
-    if os.getpid() not in _watchdogs:
-        _watchdogs[os.getpid()] = Watchdog(f"rank {rank}", timeout_from_environment())
-    return _watchdogs[os.getpid()]
 
 
 def init(comm: Any = None, *, group_size: int | None = None) -> HorovodWorld:
@@ -211,7 +205,8 @@ def init(comm: Any = None, *, group_size: int | None = None) -> HorovodWorld:
             the launcher started. Every process of ``comm`` must call this, and no other.
 
     Raises:
-        ValueError: when ``comm`` is no communicator, or Horovod was started already without it.
+        ValueError: when ``comm`` is no communicator, Horovod was started already without it, or
+            ``HVDNOISE_TIMEOUT`` or another limit in the environment is none (`hvdnoise.limits`).
     """
     hvd = _horovod()
     if comm is not None and not hasattr(comm, "Get_rank"):
@@ -229,14 +224,19 @@ def init(comm: Any = None, *, group_size: int | None = None) -> HorovodWorld:
         if comm is None and not launched():  # alone: it needs no MPI runtime and no network
             for name, value in ALONE.items():
                 os.environ.setdefault(name, value)
-        hvd.init(comm=comm, process_sets=[hvd.ProcessSet(ranks) for ranks in groups])
+        watched = watchdog.begin(environment()["rank"], size)
+        raise_gloo_timeout(watched.limits)
+        with watched.phase("start"), watched.waiting_for("hvd.init"):
+            hvd.init(comm=comm, process_sets=[hvd.ProcessSet(ranks) for ranks in groups])
     return HorovodWorld()
 
 
 def shutdown() -> None:
     """End Horovod in this process."""
     _finish_late()
-    _horovod().shutdown()
+    watched = watchdog.current()
+    with watched.waiting_for("hvd.shutdown") if watched is not None else nullcontext():
+        _horovod().shutdown()
 
 
 _late: list[weakref.WeakMethod[Callable[[], None]]] = []

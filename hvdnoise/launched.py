@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Mapping
 
 _RANK_VARIABLES = {  # launcher -> its names of (rank, size, local rank, local size)
     "horovodrun": ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
@@ -11,6 +12,10 @@ _RANK_VARIABLES = {  # launcher -> its names of (rank, size, local rank, local s
     "hydra": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 }
 
+# Equal on the ranks of one launch, and different between launches on a host.
+_JOB_VARIABLES = ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT", "PMIX_NAMESPACE",
+                  "OMPI_MCA_ess_base_jobid", "SLURM_JOB_ID", "SLURM_STEP_ID")
+
 
 def launched() -> bool:
     """Whether a launcher started this process."""
@@ -18,16 +23,27 @@ def launched() -> bool:
         "SLURM_STEP_ID", *(names[0] for names in _RANK_VARIABLES.values())))
 
 
-def environment() -> dict[str, int]:
-    """Rank, size, local rank and local size as the launcher tells them, before Horovod starts."""
+def environment(variables: Mapping[str, str] | None = None) -> dict[str, int]:
+    """Rank, size, local rank and local size as the launcher tells them, before Horovod starts.
+
+    Args:
+        variables: of the process that is meant; default: of this one.
+    """
+    given = os.environ if variables is None else variables
     keys = ("rank", "size", "local_rank", "local_size")
     for names in _RANK_VARIABLES.values():
-        if names[0] in os.environ and names[1] in os.environ:
-            return {key: int(os.environ.get(name, default))
+        if names[0] in given and names[1] in given:
+            return {key: int(given.get(name, default))
                     for key, name, default in zip(keys, names, "0101")}
-    if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
-        size = int(os.environ.get("SLURM_NTASKS", "1"))
-        return {"rank": int(os.environ["SLURM_PROCID"]), "size": size,
-                "local_rank": int(os.environ.get("SLURM_LOCALID", "0")),
-                "local_size": int(os.environ.get("SLURM_TASKS_PER_NODE", "1").split("(")[0])}
+    if "SLURM_STEP_ID" in given and "SLURM_PROCID" in given:
+        size = int(given.get("SLURM_NTASKS", "1"))
+        return {"rank": int(given["SLURM_PROCID"]), "size": size,
+                "local_rank": int(given.get("SLURM_LOCALID", "0")),
+                "local_size": int(given.get("SLURM_TASKS_PER_NODE", "1").split("(")[0])}
     return dict(zip(keys, (0, 1, 0, 1)))
+
+
+def job(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What tells a launch from others on the same host; empty where no launcher says."""
+    given = os.environ if variables is None else variables
+    return {name: given[name] for name in _JOB_VARIABLES if name in given}

@@ -42,13 +42,8 @@ options=("--$controller" --disable-cache -np "$np" -H "$(host_list)"
     ${identity:+--ssh-identity-file "$identity"})
 [[ $controller == gloo ]] || options+=(--mpi-args="--prefix $(mpi_prefix)")
 
+run "$bin/horovodrun" "${options[@]}" "$hvdnoise" train "${train[@]}"
 # Under Gloo, horovodrun makes every exit code 1, and says on stderr which it was.
-coproc said { exec sed -n -e 'w /dev/stderr' -e 's/^Process name: //p; s/^Exit code: //p'; }
-exec {errors}>&"${said[1]}" {said[1]}>&- {ended}<&"${said[0]}" # bash forgets said at its end
-run "$bin/horovodrun" "${options[@]}" "$hvdnoise" train "${train[@]}" 2>&"$errors"
-exec {errors}>&-
-if ((status == 1)) && read -r -t 5 rank <&"$ended" && read -r -t 5 code <&"$ended"; then
-    status=$code
-    ((code == 2 || code == 75)) || say "rank $rank on $(host_of "$rank") ended first, with exit code $code"
-fi
+((status != 1)) || [[ $first_code == - ]] || status=$first_code
+say_cause
 exit "$status"

@@ -7,9 +7,11 @@ program=${0##*/}
 hosts=() slots=() passed=() train=()
 np='' interface='' port='' identity='' controller=gloo
 hvdnoise='' launcher='' stopping='' lost='' signalled=''
+outlives='' lost_host='' first_rank=- first_code=- first_how='' cause=''
 look_seconds=50 # for what is done on one host before a launch; all hosts at once
 save_seconds=60 # that ranks get to save after a SIGTERM
 end_seconds=15  # that a launcher gets to end what is left
+orphan_seconds=10 # that ranks get to save where the script itself was killed
 lost_seconds=20 # after a connection to a host broke, until the launcher is killed
 
 say() { printf '%s: %s\n' "$program" "$*" >&2; }
@@ -300,8 +302,14 @@ run() { # COMMAND...
     marked="^HVDNOISE_LAUNCH=$mark\$"
     trap stop TERM INT HUP
     trap lose USR1 # from launch/bin/ssh
-    launch_script=$$ HVDNOISE_LAUNCH=$mark "$@" </dev/null &
+    coproc heard { listen; }
+    exec {errors}>&"${heard[1]}" {heard[1]}>&- {ended}<&"${heard[0]}" # bash forgets heard at its end
+    launch_script=$$ HVDNOISE_LAUNCH=$mark "$@" </dev/null 2>&"$errors" &
     launcher=$!
+    exec {errors}>&-
+    outlive </dev/null &
+    outlives=$!
+    disown "$outlives"
     while # a signal ends the wait, not the launcher
         signalled='' status=0
         wait "$launcher" || status=$?
@@ -310,10 +318,61 @@ run() { # COMMAND...
         [[ $signalled ]] || sleep 1 # it was stopped, as by Ctrl-Z
     done
     trap '' TERM INT HUP USR1
-    for mark in $stopping $lost; do kill -- "-$mark" 2>/dev/null || true; done
+    for mark in $stopping $lost $outlives; do kill -- "-$mark" 2>/dev/null || true; done
     kill -KILL -- "-$launcher" 2>/dev/null || true # what it may have left in its group
     [[ ! $lost ]] || ((status < 128)) || status=1 # it was killed, as the host was lost
+    IFS=$'\t' read -r -t 5 first_rank first_code first_how cause <&"$ended" || true
     ((status == 0 || status == 2 || status == 75)) || sweep
+}
+
+# Copies what a launcher says on stderr, but for the traceback by which horovodrun ends. At its end prints which rank ended first, its exit
+# code, that in words, and the cause in the words of that rank, or of one that noticed.
+listen() {
+    local line held='' rank='' code='' how='' own='' other=''
+    while IFS= read -r line || [[ $line ]]; do
+        if [[ $line == Traceback* || ($held && $line == ' '*) ]]; then
+            held+=$line$'\n'
+            continue
+        fi
+        [[ $line == 'RuntimeError: Horovod detected'* ]] || printf %s "$held" >&2 # that of horovodrun
+        held=''
+        printf '%s\n' "$line" >&2
+        if [[ $line =~ hvdnoise:\ (error:.*|rank\ [0-9]+\ (failed|stood|was).*) ]]; then
+            own=${own:-${BASH_REMATCH[1]}}
+        elif [[ $line =~ hvdnoise:\ (rank\ [0-9]+\ (ends|waited).*) ]]; then
+            other=${other:-${BASH_REMATCH[1]}}
+        elif [[ $line =~ process\ rank\ ([0-9]+)\ with\ PID(.*\ (on\ signal\ .*))? ]]; then
+            rank=${rank:-${BASH_REMATCH[1]}} how=${how:-${BASH_REMATCH[3]}}
+        elif [[ $line =~ ^\ *Process\ name:\ (\[\[.*,)?([0-9]+)\]?$ ]]; then
+            rank=${rank:-${BASH_REMATCH[2]}}
+        elif [[ $line =~ ^\ *Exit\ code:\ *([0-9]+)$ ]]; then
+            code=${code:-${BASH_REMATCH[1]}} how=${how:-with exit code ${BASH_REMATCH[1]}}
+        fi
+    done
+    printf %s "$held" >&2
+    printf '%s\t%s\t%s\t%s\n' "${rank:--}" "${code:--}" "${how:--}" "${own:-${other:--}}"
+}
+
+say_cause() { # the last line of a launch that failed, after all that its launcher says
+    local on
+    ((status != 0 && status != 2 && status != 75)) && [[ ! $lost_host && $cause ]] || return 0
+    if [[ $cause =~ ^(error:|rank\ [0-9]+\ (failed|stood|was)) ]]; then
+        say "$cause"
+    elif [[ $first_rank != - ]]; then
+        on=$(host_of "$first_rank")
+        say "rank $first_rank${on:+ on $on} ended first, ${first_how/#-/badly}$([[ $cause == - ]] || echo ": $cause")"
+    elif [[ $cause != - ]]; then
+        say "$cause"
+    fi
+}
+
+# Where this script is killed, it cannot end its launcher any more: this process does.
+outlive() {
+    local state
+    while read -r state <"/proc/$$/stat" && [[ ${state##*) } != [ZX]* ]]; do sleep 1; done 2>/dev/null
+    ask_ranks
+    sleep "$orphan_seconds"
+    end_launcher
 }
 
 stop() {
@@ -363,8 +422,9 @@ end_launcher() {
 sweep() {
     local host state said
     while read -r host state said; do
-        ((state != 255 && state != 124)) ||
-            say "error: $(what_is_wrong "$host" 255 "$said" '') It was there at the start: look after it, then go on with --resume auto"
+        ((state == 255 || state == 124)) || continue
+        lost_host=$host
+        say "error: $(what_is_wrong "$host" 255 "$said" '') It was there at the start: look after it, then go on with --resume auto"
     done < <(everywhere 20 "n=0
 while left=\$(grep -lsz '$marked' /proc/[0-9]*/environ) && [ \$n -lt 50 ]; do sleep 0.1; n=\$((n + 1)); done
 for each in \$left; do each=\${each#/proc/}; kill -KILL \${each%/environ}; done")

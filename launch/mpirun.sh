@@ -48,4 +48,5 @@ for name in $(compgen -e); do
     if travels "$name"; then options+=(-x "$name"); fi
 done
 run mpirun "${options[@]}" -x HVDNOISE_LAUNCH "$hvdnoise" train "${train[@]}"
+say_cause
 exit "$status"

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from hvdnoise.comm import World
-from hvdnoise.watchdog import DEFAULT_TIMEOUT_SECONDS, timeout_from_environment
+from hvdnoise.limits import Limits, from_environment
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def process_group(wanted: bool, world: World, hosts: list[dict[str, Any]], devic
     if not wanted:
         yield
         return
-    limit = timedelta(seconds=timeout_from_environment() or DEFAULT_TIMEOUT_SECONDS)
+    limit = timedelta(seconds=from_environment().step or Limits().step)
     store = None
     if world.rank == 0:
         store = dist.TCPStore(hosts[0]["address"], 0, world.size, is_master=True,

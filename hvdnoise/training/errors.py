@@ -11,3 +11,7 @@ class DataError(ValueError):
 
 class Diverged(RuntimeError):
     """The run cannot go on with the numbers it has; one line, equal on all ranks."""
+
+
+class CommonDataError(DataError):
+    """A `DataError` that all ranks raise together."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hvdnoise import watchdog
 from hvdnoise.comm import World
 
 
@@ -40,6 +41,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], world: 
     return score
 
 
+@watchdog.phase("evaluation")
 @torch.no_grad()
 def evaluate_all(models: Sequence[nn.Module], batches: Iterable[tuple[Tensor, Tensor]],
                  world: World, device: torch.device) -> list[Score]:

@@ -31,6 +31,7 @@ from urllib.error import URLError
 
 from hvdnoise.comm import World
 from hvdnoise.training.dataspec import DataConfig, DataError
+from hvdnoise.training.errors import CommonDataError
 
 _log = logging.getLogger(__name__)
 _PATIENCE_SECONDS = 5.0  # until a server answers: a missing data set is an error within 10 s
@@ -45,7 +46,8 @@ def prepare(config: DataConfig, world: World) -> None:
     The rank of local rank 0 on each host does the work, the others wait for it.
 
     Raises:
-        DataError: on every rank alike, when any host failed, or when hosts hold different images.
+        CommonDataError: on every rank alike, when any host failed, or when hosts hold different
+            images.
     """
     cause: Exception | None = None
     found: dict[str, str | None] = {"error": None, "content": None}
@@ -58,13 +60,13 @@ def prepare(config: DataConfig, world: World) -> None:
     for rank, each in enumerate(everyone):
         if each["error"] is not None:
             where = f" ({world.places()[rank]})" if rank else ""
-            raise DataError(each["error"] + where) from cause
+            raise CommonDataError(each["error"] + where) from cause
     contents = {each["content"]: rank for rank, each in enumerate(everyone) if each["content"]}
     if len(contents) > 1:
         places = world.places()
         ranks = " and ".join(places[rank] for rank in sorted(contents.values())[:2])
-        raise DataError(f"{ranks} hold different images in {config.path}: "
-                        "give every host the same files, or a shared folder")
+        raise CommonDataError(f"{ranks} hold different images in {config.path}: "
+                              "give every host the same files, or a shared folder")
 
 
 def _one_line(error: Exception, config: DataConfig) -> str:

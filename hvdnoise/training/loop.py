@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
+from hvdnoise import watchdog
 from hvdnoise.comm import World
 from hvdnoise.streams import seed_for
 from hvdnoise.training import data
@@ -47,6 +48,7 @@ def run(config: TrainConfig, world: World, device: torch.device, preemption: Pre
         CheckpointError, Diverged: on all ranks alike. Where something is not finite, the folder
             has a summary that says so.
     """
+    watchdog.enter("start")
     data.prepare(config.data, world)
     job = call_or_raise(world, lambda: build(config, world, device))
     job.digests = agree_on_data(job.datasets, config.data, device, world)
@@ -110,6 +112,7 @@ def train(job: Job, folder: Path, records: Records, progress: Progress, preempti
         batches = iter(loader)
         epoch_end = min(job.total_steps, (at.step // per_epoch + 1) * per_epoch)
         while at.step < epoch_end:
+            watchdog.enter("step", at.step + 1)
             if preemption.agreed(job.world):
                 preempted(job, folder, saved=saved_at == at.step)
                 return EXIT_PREEMPTED
@@ -122,6 +125,7 @@ def train(job: Job, folder: Path, records: Records, progress: Progress, preempti
             if _due(at.step, config.checkpoint.every_steps) or _due(
                     at.step, config.checkpoint.every_epochs * per_epoch):
                 saved_at = save(job, folder)
+    watchdog.enter("finish", at.step)
     preemption.wait()
     if scored_at != at.step:
         scores = score(job, folder, records)

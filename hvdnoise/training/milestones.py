@@ -9,6 +9,7 @@ from typing import Any, Callable, Iterator
 
 from torch import nn
 
+from hvdnoise import watchdog
 from hvdnoise.training import checkpoint, data, heartbeat, models, weights
 from hvdnoise.training.evaluate import Score, common_buffers, evaluate, evaluate_all
 from hvdnoise.training.images import Images
@@ -112,6 +113,7 @@ def _write_facts(job: Job, path: Path, facts: dict[str, Any]) -> None:
     _write(job, path.parent, "facts", lambda: write_text(path, json.dumps(facts, indent=1)))
 
 
+@watchdog.phase("checkpoint")
 def save(job: Job, folder: Path) -> int:
     """Write a checkpoint; the step it is of."""
     job.guard.same_steps.settle()
@@ -138,6 +140,7 @@ def preempted(job: Job, folder: Path, *, saved: bool) -> None:
     _write_facts(job, folder / "preempted.json", {"step": at.step})
     log.warning("SIGTERM: saved at step %d of %d; go on with --run_dir %s --resume auto", at.step,
                 job.total_steps, folder)
+    watchdog.enter("finish", at.step)
     job.world.barrier("preempted")  # a launcher ends the other ranks when the first one exits
 
 

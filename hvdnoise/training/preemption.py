@@ -1,4 +1,4 @@
-"""SIGTERM as a wish that all ranks grant at the same step.
+"""SIGTERM as a wish that all ranks grant at the same step; SIGHUP, of a closed terminal, too.
 
 The signal only raises a flag on the rank that got it. At each step boundary the ranks start a
 reduction of their flags (one number, asynchronous) and look at the one of the boundary before, so
@@ -26,6 +26,8 @@ one rank, and pass 75 on.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import signal
 import threading
@@ -33,8 +35,10 @@ import time
 
 import torch
 
+from hvdnoise import watchdog
 from hvdnoise.comm import Handle, World
 
+_SIGNALS = signal.SIGTERM, signal.SIGHUP
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, start me again
 EXIT_AT_ONCE = 128 + signal.SIGTERM
 SAME_SIGNAL_SECONDS = 1.0
@@ -45,24 +49,44 @@ class Preemption:
 
     def __init__(self) -> None:
         self.wanted = False
-        self._since = 0.0
+        self._told_at = -math.inf
         self._pending: Handle | None = None
         read, write = os.pipe()
         os.set_blocking(write, False)
-        signal.signal(signal.SIGTERM, lambda *_: None)  # so that Python writes to the pipe
+        for number in _SIGNALS:  # so that Python writes to the pipe
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+                signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(read,), name="hvdnoise-sigterm",
                          daemon=True).start()
 
     def _watch(self, pipe: int) -> None:
         while received := os.read(pipe, 64):
-            if signal.SIGTERM not in received:
+            if not any(number in received for number in _SIGNALS):
                 continue
-            if not self.wanted:
-                self.wanted, self._since = True, time.monotonic()
-            elif time.monotonic() - self._since > SAME_SIGNAL_SECONDS:
-                os.write(2, b"hvdnoise: second SIGTERM: ending at once\n")
+            now = time.monotonic()
+            if self._told_at == -math.inf:
+                self.wanted, self._told_at = True, now
+                self._say_who_is_lost()
+            elif now - self._told_at > SAME_SIGNAL_SECONDS:
+                with contextlib.suppress(OSError):
+                    os.write(2, b"hvdnoise: second SIGTERM: ending at once\n")
                 os._exit(EXIT_AT_ONCE)
+
+    def want(self) -> None:
+        """Wish for it as the first signal does; no signal after this one counts as the second."""
+        self.wanted = True
+
+    @staticmethod
+    def _say_who_is_lost() -> None:
+        """A launcher sends SIGTERM to those that are left when a rank has failed. They may be
+        stuck in a collective until they are killed, so it is said here."""
+        watched = watchdog.current()
+        if watched is None or watched.ends:
+            return
+        if others := watched.peers.account(lost=True):
+            watched.peers.end()
+            watched.say(f"hvdnoise: rank {watched.rank} ends{watched.in_place()}: {others}")
 
     def agreed(self, world: World) -> bool:
         """Whether the ranks stop at this step boundary. Collective: call it at each one."""

@@ -5,6 +5,8 @@ Exit codes: 0 done; 2 bad input; 75 preempted and saved; 1 anything else.
 
 from __future__ import annotations
 
+import faulthandler
+import multiprocessing
 import os
 import sys
 import time
@@ -12,13 +14,17 @@ import traceback
 
 import torch
 
+from hvdnoise import limits, watchdog
 from hvdnoise.comm import World
+from hvdnoise.training import output
+from hvdnoise.training.errors import ConfigError, DataError
 from hvdnoise.training.progress import log
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 SPEAK_AFTER_SECONDS = 5.0
+_LONGEST_CAUSE = 400  # characters
 
 
 def set_threads(threads: int | None, local_size: int) -> None:
@@ -49,6 +55,30 @@ def be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def check_limits() -> None:
+    """See that the limits of the watchdog are limits, before ranks start.
+
+    Raises:
+        ConfigError: for one that is none.
+    """
+    try:
+        limits.from_environment()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def watch(launched: dict[str, int]) -> watchdog.Watchdog:
+    """Begin this process's watchdog; the first thing that a command with ranks does.
+
+    Raises:
+        ConfigError: for a limit in the environment that is none.
+    """
+    if not faulthandler.is_enabled() and sys.__stderr__ is not None:
+        faulthandler.enable(sys.__stderr__)  # says where a process crashed
+    check_limits()
+    return watchdog.begin(launched["rank"], launched["size"])
+
+
 def refuse(message: str, launched: dict[str, int]) -> int:
     """Say on one line what is wrong with the input, before Horovod runs; the exit code.
 
@@ -70,6 +100,16 @@ def fail_together(message: str, world: World, code: int) -> int:
     return code
 
 
+def said_all() -> int:
+    """The exit code of a command that only prints: 1, with a line, where that could not be written
+    for another reason than that its reader had read enough."""
+    sys.stdout.flush()
+    if not output.lost:
+        return 0
+    _say(output.lost[0])
+    return EXIT_FAILED
+
+
 def _say(message: str) -> None:
     sys.stdout.flush()
     print("hvdnoise: error: " + " ".join(message.split()), file=sys.stderr, flush=True)
@@ -78,18 +118,64 @@ def _say(message: str) -> None:
 def crash(error: BaseException, rank: int) -> None:
     """End this process after an exception that the other ranks know nothing of.
 
-    Its traceback appears with its rank. A rank that only noticed that another one is gone says
-    that in one line. Nothing is waited for: the launcher ends the rest of the job when it sees
-    this rank's exit code.
+    Its traceback appears, and then one line with the rank, where it was, and the cause. A rank that
+    only noticed that another one is gone says that in one line, and which one if it can tell.
+    Nothing is waited for: the launcher ends the rest of the job when it sees this rank's exit code.
     """
-    sys.stdout.flush()
-    if isinstance(error, KeyboardInterrupt):
-        print(f"hvdnoise: rank {rank} was interrupted", file=sys.stderr, flush=True)
-        os._exit(EXIT_INTERRUPTED)
+    place = " " * bool(watchdog.place()) + watchdog.place()
+    watched = watchdog.current()
+    code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_FAILED
+    trace = ""
+    if code == EXIT_INTERRUPTED:
+        did = f"was interrupted{place}"
+    elif _follows(error):
+        did = f"ends{place}: another rank is gone, or a collective failed ({_cause(error)})"
+    else:
+        did = f"failed{place}: {_cause(error)}"
+        if not isinstance(error, DataError):  # which names the file and the remedy
+            trace = _traceback(error)
+    if watched is not None and did.startswith("ends"):
+        watched.peers.end()
+        if others := _others(watched):
+            did = f"ends{place}: {others}"
+    elif watched is not None:
+        watched.peers.end(did)
+    log.error("rank %d %s\n%s", rank, did, _traceback(error), extra={"terminal": False})
+    print(f"{trace}hvdnoise: rank {rank} {did}", file=sys.stderr, flush=True)
+    for child in multiprocessing.active_children():  # of a data loader
+        child.kill()
+    os._exit(code)
+
+
+def _follows(error: BaseException) -> bool:
+    """Whether it only says that Horovod's ranks do not go on together."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if type(chain).__name__ == "HorovodInternalError":
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
+
+
+def _others(watched: watchdog.Watchdog) -> str:
+    """Which ranks are lost, as far as this one can see: a process that ends is seen for a while."""
+    for _ in range(10):
+        if found := watched.peers.account(lost=True):
+            return found
+        time.sleep(0.1)
+    return ""
+
+
+def _traceback(error: BaseException) -> str:
+    """As Python prints it. That of a process that loads data stands in its message, under another
+    heading, so that one fault is one traceback."""
     text = "".join(traceback.format_exception(error))
-    log.error("rank %d ends after an exception\n%s", rank, text, extra={"terminal": False})
-    if type(error).__name__ == "HorovodInternalError":
-        first = str(error).splitlines()[0] if str(error) else "no cause given"
-        text = f"another rank is gone, or a collective failed ({first})\n"
-    print(f"hvdnoise: rank {rank} failed: {text}", file=sys.stderr, end="", flush=True)
-    os._exit(EXIT_FAILED)
+    return text.replace("Original Traceback (most recent call last)", "In the loading process")
+
+
+def _cause(error: BaseException) -> str:
+    """The exception in one line; of a process that loads data, what was raised there."""
+    lines = traceback.format_exception_only(error)[-1].strip().splitlines() or [""]
+    text = lines[-1] if any("Original Traceback" in line for line in lines) else " ".join(lines)
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST_CAUSE else text[:_LONGEST_CAUSE] + "..."

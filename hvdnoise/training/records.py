@@ -42,6 +42,7 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
+from hvdnoise import watchdog
 from hvdnoise.training import folder_lock, plugins
 from hvdnoise.training.progress import log
 
@@ -159,6 +160,10 @@ def start_logs(folder: Path, rank: int) -> None:
     file = _LogFile(folder / "logs" / f"rank-{rank}.log")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
+    watched = watchdog.current()
+    if watched is not None:
+        watched.log = Path(file.baseFilename)
+        watched.peers.share(folder / "logs")
     log.info("rank %d, process %d on %s", rank, os.getpid(), socket.gethostname(),
              extra={"terminal": False})
 

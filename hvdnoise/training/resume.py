@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hvdnoise import watchdog
 from hvdnoise.comm import World
 from hvdnoise.training import checkpoint, fitting, records
 from hvdnoise.training.checkpoint import BrokenCheckpoint
@@ -37,6 +38,7 @@ class Source:
     own: State | None
 
 
+@watchdog.phase("checkpoint")
 def find_source(job: Job) -> Source | None:
     """What to go on from; None to start at step 0. Collective.
 

@@ -56,8 +56,8 @@ def run(function: str, launcher: str, seconds: float) -> Ended:
 
 
 def assert_ends_itself(launcher: str) -> None:
-    ended = run("stall", launcher, 3)
-    assert "rank 0 waited 3 s for 'hvdnoise." in ended.logs[0], ended.report()
+    ended = run("stall", launcher, 6)
+    assert "rank 0 waited 6 s for 'hvdnoise." in ended.logs[0], ended.report()
     assert "HVDNOISE_TIMEOUT" in ended.logs[0] and "waited" not in ended.logs[1], ended.report()
 
 
