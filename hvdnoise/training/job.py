@@ -26,7 +26,7 @@ from hvdnoise.noise.emulated import WeightedSample
 from hvdnoise.optimizer import DistributedOptimizer
 from hvdnoise.planning.predict import received_in_a_step
 from hvdnoise.plans import PLANS
-from hvdnoise.training import data, models
+from hvdnoise.training import data, models, resize
 from hvdnoise.training.config import TrainConfig, flatten
 from hvdnoise.training.ema import make_ema
 from hvdnoise.training.evaluate import mean_buffers, own_buffers, set_buffers
@@ -68,6 +68,7 @@ class Job:
     ema: AveragedModel | None
     total_steps: int
     counters: Counters = field(default_factory=Counters)
+    virtual_workers_asked: int | None = None  # the setting, before `resize` adjusted it
     best: State | None = None  # with validation: the best weights, on the CPU, equal on all ranks
 
     @property
@@ -107,7 +108,7 @@ class Job:
                 {**self.ema.state_dict(), **mean_buffers(self.ema, self.world)},
                 "optimizer": optimizer, "scaler": self.scaler.state_dict(),
                 "best": self.best, "counters": vars(self.counters).copy(),
-                "config": flatten(self.config),
+                "config": flatten(self.config), resize.ASKED: self.virtual_workers_asked,
                 "steps_per_epoch": self.sampler.steps_per_epoch,
                 "examples_per_step": self.batches.total, "versions": versions()}
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from hvdnoise import comm
 from hvdnoise.comm import World
-from hvdnoise.training import checkpoint, records
+from hvdnoise.training import checkpoint, records, resize
 from hvdnoise.training.config import (
     ConfigError,
     TrainConfig,
@@ -54,7 +54,8 @@ def call_or_raise(world: World, action: Callable[[], T]) -> T:
 def find_source(config: TrainConfig, world: World) -> tuple[State, State | None] | None:
     """The shared state and this rank's own to go on from; None to start at step 0. Collective.
 
-    The own state is None where the number of workers has changed (``resume_resize``).
+    With ``resume_resize``, the own state is that of the same workers where only the ranks have
+    changed, and None where the number of workers has.
 
     Raises:
         ConfigError: when the checkpoint is of another run.
@@ -62,7 +63,7 @@ def find_source(config: TrainConfig, world: World) -> tuple[State, State | None]
     """
     if config.resume == "never":
         return None
-    chosen = checkpoint.choose(_candidates(config), world)
+    chosen = checkpoint.choose(resize.candidates(config), world)
     if chosen is None:
         call_or_raise(world, lambda: _check_same_run(_settings_of(config), config))
         log.info("no checkpoint to resume from: starting at step 0")
@@ -72,21 +73,36 @@ def find_source(config: TrainConfig, world: World) -> tuple[State, State | None]
     def load() -> tuple[State, State | None]:
         shared = checkpoint.read(path / "shared.pt")
         _check_same_run(shared["config"], config)
-        same_size = _check_size(shared, manifest["ranks"], config, world)
+        _check_size(shared, manifest["ranks"], config, world)
         _warn_of_differences(shared, config)
-        return shared, checkpoint.read(path / f"rank-{world.rank}.pt") if same_size else None
+        return shared, _own(path, shared, manifest["ranks"], config, world)
 
     log.info("resuming from %s", path)
-    return call_or_raise(world, load)
+    shared, own = call_or_raise(world, load)
+    if own is not None and manifest["ranks"] != world.size:
+        _agree_on_noise(shared, own, world)
+    return shared, own
 
 
-def _candidates(config: TrainConfig) -> list[Path]:
-    if config.resume == "auto":
-        return checkpoint.found(Path(config.run_dir or "") / "checkpoints")
-    path = Path(config.resume)
-    if (path / "checkpoints").is_dir():
-        return checkpoint.found(path / "checkpoints")
-    return [path]
+def _own(path: Path, shared: State, ranks: int, config: TrainConfig, world: World
+         ) -> State | None:
+    """This rank's own state; None where there are other workers."""
+    virtual = shared["config"]["virtual_workers"]
+    if (ranks, virtual) == (world.size, config.virtual_workers):
+        return checkpoint.read(path / f"rank-{world.rank}.pt")
+    if ranks * virtual != config.workers(world.size):
+        return None
+    return resize.regrouped(lambda rank: checkpoint.read(path / f"rank-{rank}.pt"), before=virtual,
+                            now=config.virtual_workers, rank=world.rank)
+
+
+def _agree_on_noise(shared: State, own: State, world: World) -> None:
+    """Where one rank cannot take over the noise's state, it starts anew on all. Collective."""
+    if any(world.gather_json(own["noise"] is None, name="resize.noise")):
+        own["noise"] = None
+        if shared["config"].get("noise.kind", "none") != "none":
+            log.warning("what the noise keeps differs between ranks, and cannot be moved to "
+                        "others: it starts anew")
 
 
 def _settings_of(config: TrainConfig) -> dict[str, Any]:
@@ -106,20 +122,24 @@ def _check_same_run(before: dict[str, Any], config: TrainConfig) -> None:
                           "new run")
 
 
-def _check_size(shared: State, ranks: int, config: TrainConfig, world: World) -> bool:
-    """Whether every rank finds its own workers again."""
+def _check_size(shared: State, ranks: int, config: TrainConfig, world: World) -> None:
+    """Raise for other ranks or workers, unless they are asked for; say what they mean."""
     virtual = shared["config"]["virtual_workers"]
     if (ranks, virtual) == (world.size, config.virtual_workers):
-        return True
+        return
     if not config.resume_resize:
         raise ConfigError(
             f"cannot resume on {world.size} ranks x {config.virtual_workers} virtual workers: the "
             f"checkpoint is of {ranks} x {virtual}, and noise and batches depend on it; start "
             f"{ranks} ranks, or add --resume_resize to make it another run")
+    if ranks * virtual == config.workers(world.size):
+        log.warning("resumed on %d ranks x %d workers, was %d x %d: the same workers, data and "
+                    "noise, but not the bits of the run without the interruption, as sums are "
+                    "added in another order", world.size, config.virtual_workers, ranks, virtual)
+        return
     log.warning("resumed with another number of workers (%d x %d, was %d x %d): not the run that "
                 "would have been without the interruption", world.size, config.virtual_workers,
                 ranks, virtual)
-    return False
 
 
 def _warn_of_differences(shared: State, config: TrainConfig) -> None:
