@@ -87,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command not in commands:
             raise ConfigError(f"unknown command {command!r}: give train, launch, eval, measure, "
-                              "study, report, plan, bench, quadratic or doctor; see hvdnoise --help")
+                              "study, report, plan, bench, quadratic or doctor; see "
+                              "hvdnoise --help")
         return commands[command](rest, launched)
     except ConfigError as error:
         return process.refuse(str(error), launched)

@@ -127,7 +127,10 @@ class Reader:
         killed = self._killed or self._shell
         if code > 128 and killed is None:
             return Cause("launcher", f"the launcher was killed by {_name(code - 128)}")
-        if (first := self._said or killed) is not None:
+        # a rank aborts where others have gone, so what was said counts more than an abort
+        first = killed if self._killed is not None and "SIGABRT" not in self._killed.text else \
+            self._said or killed
+        if first is not None:
             return first
         if self._hosts:
             return Cause("hosts", (lost or self._hosts)[-1], lost=bool(lost))

@@ -5,8 +5,8 @@ taken (RUN/step); or the start, if no step was. All failures since the newest ch
 
 - A rank that said what was wrong, or ended with an exit code: the same again if it is of no later
   step than one before, or both were at the start.
-- A rank that a signal has killed: the same again if the same rank was killed after the very same
-  step before. So a rank that is always out of memory in a step is found, and one that somebody
+- A rank that a signal has killed: the same again if the same rank was killed at the very same step
+  before. So a rank that is always out of memory in a step is found, and one that somebody
   kills now and then is not taken for it.
 - A launcher that was killed, ranks that were told to save, or hosts out of reach: never.
 """
@@ -25,7 +25,7 @@ class Failure:
     Args:
         cause: the first rank's.
         checkpoint: step of the newest one afterwards, None without any.
-        step: the last one that was taken; None: the training loop did not begin.
+        step: the last one that rank 0 has taken; None: the training loop did not begin.
     """
 
     cause: Cause
@@ -35,7 +35,7 @@ class Failure:
     @property
     def place(self) -> str:
         """In words."""
-        return "before the first step" if self.step is None else f"after step {self.step}"
+        return "before the first step" if self.step is None else f"at step {self.step}"
 
     def repeats(self, before: Failure) -> bool:
         """Whether this is the same as one before it, with the same newest checkpoint."""

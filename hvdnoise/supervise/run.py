@@ -8,9 +8,10 @@ import signal
 import socket
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Iterator, Sequence
+from typing import Any, Iterator, Sequence
 
 from hvdnoise.supervise import guard, scripts
 from hvdnoise.supervise.alone import only_one
@@ -19,8 +20,6 @@ from hvdnoise.supervise.cause import Cause
 from hvdnoise.supervise.failures import Failure, History
 from hvdnoise.supervise.options import Options, read
 from hvdnoise.supervise.runstate import RunState, look
-from hvdnoise.training.config import TrainConfig
-from hvdnoise.training.options import parse
 from hvdnoise.training.preemption import EXIT_AT_ONCE, EXIT_PREEMPTED, SAME_SIGNAL_SECONDS
 from hvdnoise.training.process import EXIT_BAD_INPUT, EXIT_FAILED
 from hvdnoise.training.resize import keep_workers
@@ -36,31 +35,35 @@ def run(arguments: Sequence[str]) -> int:
     options = read(arguments)
     scripts.start(options, "", ())
     if options.local and options.ranks is not None:  # other machines may have what is missing here
-        first = parse(TrainConfig, train_arguments(options, look(options.folder), begun=False),
-                      program="hvdnoise train")
+        first = replace(options.config, **resuming(options, look(options.folder), begun=False))
         validate(keep_workers(first, options.ranks), options.ranks)
     with only_one(options.folder) as hold:
         return Supervisor(options, hold).run()
 
 
-def train_arguments(options: Options, state: RunState, *, begun: bool) -> list[str]:
-    """The arguments of `hvdnoise train` for the next attempt.
+def resuming(options: Options, state: RunState, *, begun: bool) -> dict[str, Any]:
+    """The settings of the next attempt that are other than they were given.
 
     Args:
         state: the run folder's.
         begun: whether an attempt has written into it.
     """
-    config, words = options.config, list(options.train)
+    config = options.config
     if config.overwrite and not begun:  # what is there is still another run's
-        return words
+        return {}
     resume = config.resume
     inside = resume not in ("never", "auto") and \
         options.folder.resolve() in (path := Path(resume).resolve(), *path.parents)
     if resume == "never" or state.checkpoint is not None and (begun or not inside):
         resume = "auto"
-    words += ["--resume", resume]
-    words += ["--overwrite", "false"] if config.overwrite else []
-    return words + (["--resume_resize", "true"] if options.least is not None else [])
+    return {"resume": resume, "overwrite": False,
+            "resume_resize": config.resume_resize or options.least is not None}
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    """On the command line."""
+    return [word for name, value in settings.items()
+            for word in (f"--{name}", str(value).lower() if isinstance(value, bool) else value)]
 
 
 class Supervisor:
@@ -90,7 +93,8 @@ class Supervisor:
         """One attempt, and the wait after it; the exit code, or None for another one."""
         before = look(self.options.folder)
         mark = f"{socket.gethostname()}-{os.getpid()}-{self._restarts}-{time.time_ns()}"
-        train = train_arguments(self.options, before, begun=self._begun)
+        train = [*self.options.train,
+                 *flags(resuming(self.options, before, begun=self._begun))]
         attempt = Attempt(
             scripts.start(self.options, mark, train, resumes=before.checkpoint is not None),
             after=scripts.end(self.options, mark), env=scripts.environment(), hold=self._hold)
