@@ -254,6 +254,7 @@ $look"
     coproc looking { everywhere "$look_seconds" "$script"; } </dev/null
     trap 'kill -- "-$looking_PID"; exit 143' TERM INT HUP
     while read -r host status said; do answers[$host]="$status $said"; done <&"${looking[0]}"
+    wait "${looking_PID-}" 2>/dev/null || true # or bash says of the next one that this is still there
     trap - TERM INT HUP
     known=${answers[localhost]##*$'\t'}
     for host in localhost "${hosts[@]}"; do

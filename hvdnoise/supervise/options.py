@@ -115,20 +115,22 @@ def read(arguments: Sequence[str]) -> Options:
             raise ConfigError(f"{name}={value} is wrong: give 0 or more")
     hosts = bool(found.hosts or found.hostfile or os.environ.get(_HOSTFILE))
     launcher = found.launcher or ("mpirun" if hosts or os.environ.get("SLURM_JOB_ID") else "gloo")
-    _check_least(found.min_np, hosts, launcher)
+    hostfile = found.hostfile or os.environ.get(_HOSTFILE)
+    ranks = _ranks(found.np, found.hosts, hostfile, launcher)
+    _check_least(found.min_np, hosts, ranks)
     given = [("--hosts", found.hosts), ("--hostfile", found.hostfile), ("-np", found.np),
              ("--interface", found.interface), ("--ssh-port", found.ssh_port),
              ("--ssh-identity", found.ssh_identity),
              *(("--env", each) for each in found.env)]
     script = [word for name, value in given if value is not None for word in (name, value)]
     script += [f"--{launcher}"] if SCRIPTS[launcher] == "horovodrun.sh" else []
-    options = Options(launcher, tuple(script), hosts, _ranks(found.np, found.hosts, launcher),
+    options = Options(launcher, tuple(script), hosts, ranks,
                       found.min_np, found.max_restarts, found.backoff, found.backoff_limit,
                       tuple(train), parse(TrainConfig, train, program="hvdnoise train"))
     return options if options.config.run_dir is not None else _with_folder(options)
 
 
-def _check_least(least: str | None, hosts: bool, launcher: str) -> None:
+def _check_least(least: str | None, hosts: bool, ranks: int | None) -> None:
     """The script would say this at a restart only."""
     if least is None:
         return
@@ -137,6 +139,9 @@ def _check_least(least: str | None, hosts: bool, launcher: str) -> None:
     if not hosts:
         raise ConfigError(f"--min-np={least} is wrong: without --hosts or --hostfile there are no "
                           "hosts to leave out; leave it out")
+    if ranks is not None and int(least) > ranks:
+        raise ConfigError(f"--min-np={least} is wrong: there are {ranks} ranks at most; lower it, or "
+                          "add hosts or slots")
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -168,12 +173,24 @@ def in_slurm(launcher: str) -> bool:
     return launcher == "mpirun" and bool(os.environ.get("SLURM_JOB_ID"))
 
 
-def _ranks(np: str | None, hosts: str | None, launcher: str) -> int | None:
+def _ranks(np: str | None, hosts: str | None, hostfile: str | None, launcher: str
+           ) -> int | None:
     """The number of ranks where the command line tells it rightly; the script checks it."""
     if np is not None:
         return int(np) if re.fullmatch("[1-9][0-9]{0,4}", np) else None
     if hosts is not None and re.fullmatch(r"([\w.-]+(:[1-9]\d{0,3})?,?)+", hosts):
         return sum(int(each.partition(":")[2] or 1) for each in hosts.split(",") if each)
+    if hostfile is not None:
+        return _slots(hostfile)
     if in_slurm(launcher) and os.environ.get("SLURM_NTASKS", "").isdigit():
         return int(os.environ["SLURM_NTASKS"])
     return None
+
+
+def _slots(hostfile: str) -> int | None:
+    try:
+        lines = [line.partition("#")[0].strip() for line in Path(hostfile).read_text().splitlines()]
+    except (OSError, ValueError):
+        return None
+    found = [re.search(r"(?::|slots\s*=\s*)([1-9]\d{0,3})", line) for line in lines if line]
+    return sum(int(each[1]) if each else 1 for each in found) or None

@@ -57,6 +57,11 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.yaml").is_file()
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether ``folder`` holds nothing but what a run writes, be it killed before it was one."""
+    return all(path.name.removesuffix(".part") in _OF_A_RUN for path in folder.iterdir())
+
+
 def clear(folder: Path) -> None:
     """Remove what an earlier run wrote into ``folder``, and nothing else."""
     for name in _OF_A_RUN:

@@ -141,7 +141,7 @@ def _check_names(config: TrainConfig, size: int) -> None:
 
 
 def _check_folders(config: TrainConfig, size: int) -> None:
-    from hvdnoise.training.records import is_run
+    from hvdnoise.training.records import is_begun, is_run
     resumes = config.resume != "never"
     require(not (resumes and config.overwrite), "overwrite", config.overwrite,
             f"it contradicts resume={config.resume}; leave one out")
@@ -157,7 +157,7 @@ def _check_folders(config: TrainConfig, size: int) -> None:
     folder = Path(config.run_dir)
     require(folder.is_dir() or not folder.exists(), "run_dir", folder, "it is not a folder")
     if folder.is_dir() and any(folder.iterdir()):
-        require(is_run(folder), "run_dir", folder,
+        require(is_run(folder) or resumes and is_begun(folder), "run_dir", folder,
                 "the folder is not empty and holds no run; give a new one")
         require(resumes or config.overwrite, "run_dir", folder,
                 "it holds a run already; give a new one, or --resume auto to go on with it, or "

@@ -21,6 +21,7 @@ import pytest
 import torch
 import yaml
 
+from tests.cluster import run_on_hosts, why_not
 from tests.integration.running import HVDNOISE, TINY, finished, hvdnoise
 from tests.launcher import Ended, run_command
 
@@ -217,6 +218,38 @@ def test_a_step_that_always_fails_is_given_up(tmp_path: Path, settings: Path) ->
                         "step 5, in "
                         f"{tmp_path}/run", ended.output.splitlines()[-1]), ended.report()
     assert ended.output.count("restart 1 of at most 100") == 1
+
+
+# ---------------------------------------------------------------------- hosts
+
+LOSE = """
+(
+    until [[ -s "$1/step" ]] && (($(cat "$1/step") >= 8)); do sleep 0.1; done
+    rank=$(grep -oP 'rank 2, process \\K\\d+' "$1/logs/rank-2.log" | tail -n 1)
+    kill -KILL $(cat /run/cluster-sim/node3.pid) $rank
+) &
+"${@:2}"
+"""
+
+
+@pytest.mark.namespaces
+def test_a_host_that_is_lost_is_left_out(tmp_path: Path) -> None:
+    """Its workers move to the others, W stays; where it never was, nothing is started."""
+    if reason := why_not():
+        pytest.skip(reason)
+    settings, folder = tmp_path / "settings.yaml", tmp_path / "run"
+    settings.write_text(TINY.replace("epochs: 2", "epochs: 400").replace("small-cnn", "mlp"
+                                                                         ) + "eval_every: 0\n")
+    command = [HVDNOISE, "launch", "--hosts", "node1,node2,node3", "--min-np", "2", "--interface",
+               "eth0", "--", "train", "--config", str(settings), "--run_dir", str(folder)]
+    ended = run_on_hosts(3, ["bash", "-c", LOSE, "bash", str(folder), *command], timeout=400)
+    summary = finished(ended, folder)
+    assert (summary["ranks"], summary["workers"]) == (2, 6), ended.report()
+    assert "node3 cannot be reached and is left out; ranks: 2" in ended.output
+    assert "killed by SIGKILL, at step" in ended.output, ended.report()
+    ended = run_on_hosts(2, [*command[:-1], str(tmp_path / "other")], timeout=200)
+    assert ended.exit_code == 1 and not (tmp_path / "other").exists(), ended.report()
+    assert "gave up, nothing was started: node3 " in ended.output.splitlines()[-1]
 
 
 # ---------------------------------------------------------------------- another number of ranks

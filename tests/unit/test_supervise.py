@@ -330,6 +330,7 @@ def test_an_endless_line_takes_no_memory() -> None:
     (["--hosts", "a", "--hostfile", "b", "--", "train"], "not allowed with argument"),
     (["-np", "2", "--min-np", "1", "--", "train"], "--min-np=1 is wrong: without --hosts"),
     (["--hosts", "a,b", "--min-np", "x", "--", "train"], "--min-np=x is wrong"),
+    (["--hosts", "a,b:2", "--min-np", "4", "--", "train"], "there are 3 ranks at most"),
     (["-np", "2", "--", "train", "--model", "none"], "none"),
     (["-np", "2", "--", "train", "--modle", "mlp"], "did you mean model"),
     (["-np", "3", "--", "train", "--global_batch", "64"], "global_batch=64"),
