@@ -63,6 +63,8 @@ class Supervised:
 def supervise(folder: Path, behaviours: Sequence[dict[str, Any]], *options: str,
               train: Sequence[str] = ()) -> Supervised:
     """Start one, on the run folder ``folder``/run."""
+    import hvdnoise.supervise.run  # noqa: F401  (once, and not in each process)
+    import hvdnoise.training.models  # noqa: F401
     (folder / "behaviours").write_text(json.dumps(behaviours))
     run, said = folder / "run", folder / "said"
     arguments = ["launch", "-np", "2", "--backoff", "0.01", *options, "--", "train",

@@ -140,8 +140,8 @@ def _check_least(least: str | None, hosts: bool, ranks: int | None) -> None:
         raise ConfigError(f"--min-np={least} is wrong: without --hosts or --hostfile there are no "
                           "hosts to leave out; leave it out")
     if ranks is not None and int(least) > ranks:
-        raise ConfigError(f"--min-np={least} is wrong: there are {ranks} ranks at most; lower it, or "
-                          "add hosts or slots")
+        raise ConfigError(f"--min-np={least} is wrong: there are {ranks} ranks at most; lower it, "
+                          "or add hosts or slots")
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -238,8 +238,8 @@ def test_a_host_that_is_lost_is_left_out(tmp_path: Path) -> None:
     if reason := why_not():
         pytest.skip(reason)
     settings, folder = tmp_path / "settings.yaml", tmp_path / "run"
-    settings.write_text(TINY.replace("epochs: 2", "epochs: 400").replace("small-cnn", "mlp"
-                                                                         ) + "eval_every: 0\n")
+    text = TINY.replace("epochs: 2", "epochs: 60").replace("small-cnn", "mlp")
+    settings.write_text(text + "eval_every: 0\n")
     command = [HVDNOISE, "launch", "--hosts", "node1,node2,node3", "--min-np", "2", "--interface",
                "eth0", "--", "train", "--config", str(settings), "--run_dir", str(folder)]
     ended = run_on_hosts(3, ["bash", "-c", LOSE, "bash", str(folder), *command], timeout=400)
