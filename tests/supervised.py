@@ -11,6 +11,7 @@ the run, unless `finishes` is False.
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -63,8 +64,7 @@ class Supervised:
 def supervise(folder: Path, behaviours: Sequence[dict[str, Any]], *options: str,
               train: Sequence[str] = ()) -> Supervised:
     """Start one, on the run folder ``folder``/run."""
-    import hvdnoise.supervise.run  # noqa: F401  (once, and not in each process)
-    import hvdnoise.training.models  # noqa: F401
+    _import_all()
     (folder / "behaviours").write_text(json.dumps(behaviours))
     run, said = folder / "run", folder / "said"
     arguments = ["launch", "-np", "2", "--backoff", "0.01", *options, "--", "train",
@@ -74,6 +74,15 @@ def supervise(folder: Path, behaviours: Sequence[dict[str, Any]], *options: str,
         target=_supervisor, args=(arguments, folder, said))
     process.start()
     return Supervised(process, run, said)
+
+
+@functools.cache
+def _import_all() -> None:
+    """Once, and not in each process: the check of settings imports for more than a second."""
+    import hvdnoise.supervise.run  # noqa: F401
+    from hvdnoise.training.config import TrainConfig
+    from hvdnoise.training.validation import validate
+    validate(TrainConfig(model="mlp"), 1)
 
 
 def _supervisor(arguments: list[str], folder: Path, said: Path) -> None:

@@ -1,7 +1,8 @@
 """`hvdnoise launch` with real ranks: whatever is killed, the run ends in the bits of the one that
 nobody touched; and on another number of ranks it goes on with the same workers.
 
-HVDNOISE_TEST_KILLS=20 kills as often as that, in a run of 1,000 steps (some minutes).
+HVDNOISE_TEST_KILLS=20 kills as often as that in a run of 1,000 steps, under Gloo and under MPI (some
+minutes). Without it two kills in 400 steps, under Gloo.
 """
 
 from __future__ import annotations
@@ -27,18 +28,19 @@ from tests.launcher import Ended, run_command
 
 pytestmark = pytest.mark.parallel
 KILLS = int(os.environ.get("HVDNOISE_TEST_KILLS", "2"))
-SETTINGS = """
-data: {dataset: synthetic, num_examples: 1600, image_size: 8, batch_size: 8}
+EPOCHS = 10 if KILLS > 2 else 4
+STEPS = 100 * EPOCHS
+SETTINGS = f"""
+data: {{dataset: synthetic, num_examples: 1600, image_size: 8, batch_size: 8}}
 model: mlp
-epochs: 10
-noise: {kind: gnc, radius: 0.05, source: own}
-optim: {lr: 0.05}
+epochs: {EPOCHS}
+noise: {{kind: gnc, radius: 0.05, source: own}}
+optim: {{lr: 0.05}}
 eval_every: 0
 log_every: 50
-checkpoint: {every_steps: 25, every_epochs: 0}
+checkpoint: {{every_steps: 25, every_epochs: 0}}
 tensorboard: false
 """
-STEPS = 1000
 LAUNCH = [HVDNOISE, "launch", "-np", "2", "--backoff", "0.1", "--max-restarts", "100"]
 
 
@@ -152,7 +154,7 @@ class Killer:
 
 
 @pytest.mark.timeout(4000, method="signal")
-@pytest.mark.parametrize("launcher", ["--gloo", "--mpirun"])
+@pytest.mark.parametrize("launcher", ["--gloo", "--mpirun"] if KILLS > 2 else ["--gloo"])
 def test_a_run_survives_random_kills(tmp_path: Path, settings: Path, untouched: str, launcher: str
                                      ) -> None:
     folder = tmp_path / "run"
@@ -168,7 +170,7 @@ def test_a_run_survives_random_kills(tmp_path: Path, settings: Path, untouched: 
 
 def test_sigterm_sigkill_and_the_same_command_again(tmp_path: Path, settings: Path, untouched: str
                                                     ) -> None:
-    """SIGTERM: saved, 75. SIGKILL: nothing is left after 30 s. Each time the command goes on."""
+    """Under MPI. SIGTERM: saved, 75. SIGKILL: nothing is left. Each time the command goes on."""
     folder = tmp_path / "run"
 
     def at(step: int, number: signal.Signals) -> None:
@@ -182,14 +184,15 @@ def test_sigterm_sigkill_and_the_same_command_again(tmp_path: Path, settings: Pa
         threading.Thread(target=wait, daemon=True).start()
 
     at(100, signal.SIGTERM)
-    ended = launch(folder, settings)
+    ended = launch(folder, settings, "--mpirun")
     assert ended.exit_code == 75 and not ended.leftovers, ended.report()
     assert json.loads((folder / "preempted.json").read_text())["step"] >= 100
     assert "the same command goes on" in ended.output.splitlines()[-1]
-    at(400, signal.SIGKILL)
-    ended = launch(folder, settings)
+    at(250, signal.SIGKILL)
+    ended = launch(folder, settings, "--mpirun")
     assert ended.exit_code == -9 and not ended.leftovers, ended.report()
-    assert finished(launch(folder, settings), folder)["weights_sha256"] == untouched
+    ended = launch(folder, settings, "--mpirun")
+    assert finished(ended, folder)["weights_sha256"] == untouched
 
 
 FAILS = """
@@ -259,12 +262,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("noise", ["{kind: gnc, radius: 0.05, source: own}", "{kind: pnm}"])
-def test_the_same_workers_on_other_ranks(tmp_path: Path, noise: str) -> None:
+def test_the_same_workers_on_other_ranks(tmp_path: Path) -> None:
     """2 ranks, then 1, then 2 again: to rounding the weights of the run on 2 ranks."""
     settings = tmp_path / "settings.yaml"
     text = TINY.replace("small-cnn", "mlp").replace("virtual_workers: 2", "eval_every: 0")
-    text = re.sub("noise: .*", f"noise: {noise}", text)
+    text = text.replace("source: gathered", "source: own")
     settings.write_text(re.sub(
         "checkpoint: .*", "checkpoint: {every_steps: 5, every_epochs: 0, keep: 9}", text))
 
