@@ -1,4 +1,4 @@
-"""hvdnoise train | eval | measure | study | report | plan | bench | quadratic | doctor.
+"""hvdnoise train | launch | eval | measure | study | report | plan | bench | quadratic | doctor.
 
 Settings are parsed and checked before Horovod starts, so that a mistake costs nothing and leaves
 nothing behind. Exit codes: 0 done; 2 bad input, one line on stderr; 75 preempted by SIGTERM and
@@ -22,6 +22,7 @@ from hvdnoise.training.output import make_lasting
 
 T = TypeVar("T")
 _USAGE = """usage: hvdnoise train [--config YAML] [--FLAG VALUE ...]   train a network
+       hvdnoise launch [OPTIONS] -- train [...]            start ranks, again after failures
        hvdnoise eval RUN [--FLAG VALUE ...]                score the weights of a run
        hvdnoise measure RUN [--FLAG VALUE ...]             sharpness of a run's weights
        hvdnoise study FILE.yaml [--FLAG VALUE ...]         compare methods: tune, run, table
@@ -30,7 +31,8 @@ _USAGE = """usage: hvdnoise train [--config YAML] [--FLAG VALUE ...]   train a n
        hvdnoise bench [--FLAG VALUE ...]                   time ways to average gradients
        hvdnoise quadratic [--FLAG VALUE ...]               check the noises against exact theory
        hvdnoise doctor [--FLAG VALUE ...]                  say what works on this machine
-Each takes --help. Start several ranks with horovodrun, mpirun or srun in front."""
+Each takes --help. Start several ranks with hvdnoise launch, or with horovodrun, mpirun or srun in
+front."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make_lasting()
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     commands: dict[str, Callable[[Sequence[str], dict[str, int]], int]] = {
-        "train": _train, "eval": _eval, "measure": _measure, "study": _study,
+        "train": _train, "launch": _launch, "eval": _eval, "measure": _measure, "study": _study,
         "report": _report, "plan": _plan, "bench": _bench, "quadratic": _quadratic,
         "doctor": _doctor}
     if command in ("--help", "-h", "help"):
@@ -86,8 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         if command not in commands:
-            raise ConfigError(f"unknown command {command!r}: give train, eval, measure, study, "
-                              "report, plan, bench, quadratic or doctor; see hvdnoise --help")
+            raise ConfigError(f"unknown command {command!r}: give train, launch, eval, measure, "
+                              "study, report, plan, bench, quadratic or doctor; see "
+                              "hvdnoise --help")
         code = commands[command](rest, launched)
     except ConfigError as error:
         return process.refuse(str(error), launched)
@@ -106,7 +109,9 @@ def _parse(kind: type[T], arguments: Sequence[str], launched: dict[str, int], **
 
 def _train(arguments: Sequence[str], launched: dict[str, int]) -> int:
     config = _parse(TrainConfig, arguments, launched, program="hvdnoise train")
+    from hvdnoise.training.resize import keep_workers
     from hvdnoise.training.validation import validate
+    asked, config = config.virtual_workers, keep_workers(config, launched["size"])
     validate(config, launched["size"])
 
     from hvdnoise.training import agreement, loop
@@ -116,8 +121,17 @@ def _train(arguments: Sequence[str], launched: dict[str, int]) -> int:
     process.set_threads(config.threads, launched["local_size"])
     process.be_deterministic()
     return _in_world(launched, agreement.settings(config), lambda world: loop.run(
-        config, world, process.pick_device(config.device, world), preemption),
+        config, world, process.pick_device(config.device, world), preemption,
+        virtual_workers_asked=asked),
         group_size=config.group_size(launched["local_size"]))
+
+
+def _launch(arguments: Sequence[str], launched: dict[str, int]) -> int:
+    if launched["size"] > 1 and "SLURM_STEP_ID" not in os.environ or launched["rank"] > 0:
+        raise ConfigError(f"hvdnoise launch starts ranks by itself, and here are {launched['size']}"
+                          " of it: start it without a launcher")
+    from hvdnoise.supervise.run import run
+    return run(arguments)
 
 
 def _eval(arguments: Sequence[str], launched: dict[str, int]) -> int:

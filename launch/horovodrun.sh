@@ -4,6 +4,8 @@
 #
 #     launch/horovodrun.sh [OPTIONS] -- ARGUMENTS OF hvdnoise train
 #
+# It starts them once. `hvdnoise launch` calls it again after a failure.
+#
 #   --hosts LIST         such as node1:2,node2:2: so many ranks on each host at most
 #   --hostfile FILE      the same in a file, a line such as "node1 slots=2" for each
 #   -np N                ranks (all slots); without hosts: ranks on this machine
@@ -12,6 +14,10 @@
 #   --ssh-port PORT      where sshd listens (what your ssh says, else 22)
 #   --ssh-identity FILE  your private key (what your ssh says)
 #   --env NAME           hand this variable on, too; repeat it for others
+#   --min-np N           leave out hosts that cannot be reached, if so many ranks remain;
+#                        hvdnoise train then needs --resume_resize
+#   --mark NAME          name of this launch, in its ranks' HVDNOISE_LAUNCH
+#   --end NAME           end what is left of a launch on all hosts, and start nothing
 #
 # Every host is looked at before the launch: it must let ssh in without a password,
 # have the same files and versions at the same paths, and the interface. From the
@@ -35,6 +41,7 @@ find_hvdnoise
 keep_listed_variables
 set_defaults
 set_up_ssh
+end_or_go_on
 check_hosts
 
 options=("--$controller" --disable-cache -np "$np" -H "$(host_list)"

@@ -5,7 +5,8 @@
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 program=${0##*/}
 hosts=() slots=() passed=() train=()
-np='' interface='' port='' identity='' controller=gloo
+np='' least='' interface='' port='' identity='' controller=gloo
+mark='' end=''
 hvdnoise='' launcher='' stopping='' lost='' signalled=''
 outlives='' lost_host='' first_rank=- first_code=- first_how='' cause=''
 look_seconds=50 # for what is done on one host before a launch; all hosts at once
@@ -13,6 +14,7 @@ save_seconds=60 # that ranks get to save after a SIGTERM
 end_seconds=15  # that a launcher gets to end what is left
 orphan_seconds=10 # that ranks get to save where the script itself was killed
 lost_seconds=20 # after a connection to a host broke, until the launcher is killed
+patience=50     # tenths of a second that ranks get to end by themselves after a failure
 
 say() { printf '%s: %s\n' "$program" "$*" >&2; }
 
@@ -27,16 +29,19 @@ parse() { # ARGUMENTS of the script
     local list='' file=''
     while (($#)); do
         case $1 in
-            --hosts | --hostfile | -np | --interface | --ssh-port | --ssh-identity | --env)
+            --hosts | --hostfile | -np | --min-np | --interface | --ssh-port | --ssh-identity | --env | --mark | --end)
                 (($# > 1)) && [[ $2 && $2 != -- ]] || fail 2 "$1 wants a value; see launch/$program --help"
                 case $1 in
                     --hosts) list=$2 ;;
                     --hostfile) file=$2 ;;
                     -np) np=$2 ;;
+                    --min-np) least=$2 ;;
                     --interface) interface=$2 ;;
                     --ssh-port) port=$2 ;;
                     --ssh-identity) identity=$2 ;;
                     --env) passed+=("$2") ;;
+                    --mark) mark=$2 ;;
+                    --end) end=$2 ;;
                 esac
                 shift ;;
             --gloo | --mpi)
@@ -57,6 +62,10 @@ parse() { # ARGUMENTS of the script
 check_options() {
     local name
     [[ $np =~ ^([1-9][0-9]{0,4})?$ ]] || fail 2 "-np is '$np'; give a number of ranks, 1 or more"
+    [[ $least =~ ^([1-9][0-9]{0,4})?$ ]] || fail 2 "--min-np is '$least'; give a number of ranks, 1 or more"
+    for name in "$mark" "$end"; do
+        [[ $name =~ ^[A-Za-z0-9._-]*$ ]] || fail 2 "'$name' is no name of a launch; give letters, digits, dots and dashes"
+    done
     [[ $port =~ ^([1-9][0-9]{0,4})?$ ]] || fail 2 "--ssh-port is '$port'; give a number from 1 to 65535"
     [[ ! $identity || ( -f $identity && -r $identity && $identity != *[[:space:]]* ) ]] ||
         fail 2 "--ssh-identity is '$identity', which cannot be read; give the file of your private key, its path without spaces"
@@ -81,6 +90,7 @@ name_hosts() { # LIST HOSTFILE, of which one may be given, or none
         read_hostfile "${2:-$OMPI_MCA_orte_default_hostfile}"
         unset OMPI_MCA_orte_default_hostfile
     elif [[ $program == mpirun.sh && ${SLURM_JOB_ID-} ]]; then # mpirun asks Slurm
+        [[ ! $least ]] || fail 2 "--min-np is '$least', and Slurm says which hosts there are; leave it out"
         return
     else
         [[ $np ]] || fail 2 "neither hosts nor a number of ranks; give --hosts or --hostfile, or -np for ranks on this machine"
@@ -89,6 +99,7 @@ name_hosts() { # LIST HOSTFILE, of which one may be given, or none
     for each in "${slots[@]}"; do ((total += each)); done
     np=${np:-$total}
     ((np <= total)) || fail 2 "too few slots: -np is $np, and $(host_list) have $total; add hosts or slots, or lower -np"
+    [[ ! $least ]] || ((least <= np)) || fail 2 "--min-np is $least, and there are $np ranks at most; lower it, or add hosts or slots"
     ((${#hosts[@]} == 1)) || [[ " ${hosts[*]} " != *' localhost '* ]] ||
         fail 2 "localhost is one of several hosts; give the name by which the others know this machine"
 }
@@ -237,7 +248,7 @@ said=$(timeout --foreground "$seconds" "$hvdnoise" doctor --versions 2>&1) ||
 echo "$said" | grep "^versions "'
 
 check_hosts() {
-    local host status said known='' wrong='' script
+    local host status said known='' wrong='' script gone=()
     script="seconds=$((look_seconds - 5)) folder=${PWD@Q} hvdnoise=${hvdnoise@Q} interface=$([[ $interface == */* ]] || echo "${interface@Q}")
 ${PYTHONPATH:+export PYTHONPATH=${PYTHONPATH@Q}}
 $look"
@@ -245,17 +256,33 @@ $look"
     coproc looking { everywhere "$look_seconds" "$script"; } </dev/null
     trap 'kill -- "-$looking_PID"; exit 143' TERM INT HUP
     while read -r host status said; do answers[$host]="$status $said"; done <&"${looking[0]}"
+    wait "${looking_PID-}" 2>/dev/null || true # or bash says of the next one that this is still there
     trap - TERM INT HUP
     known=${answers[localhost]##*$'\t'}
     for host in localhost "${hosts[@]}"; do
         [[ ${answers[$host]-} ]] || continue # this machine, by its name
         said=$(what_is_wrong "$host" "${answers[$host]%% *}" "${answers[$host]#* }" "${known#* }")
         [[ $said ]] || continue
+        [[ ! $least || $host == localhost || ${answers[$host]%% *} != @(124|137|255) ]] || { gone+=("$host"); continue; }
         say "error: $said"
         wrong=1
         [[ $host != localhost ]] || break # what is wrong here may be the cause of the rest
     done
     [[ ! $wrong ]] || exit 1
+    ((${#gone[@]} == 0)) || leave_out "${gone[@]}"
+}
+
+leave_out() { # HOSTS that cannot be reached
+    local i rest=() counts=() left=0
+    for i in "${!hosts[@]}"; do
+        [[ " $* " != *" ${hosts[i]} "* ]] || continue
+        rest+=("${hosts[i]}") counts+=("${slots[i]}")
+        ((left += slots[i])) || true
+    done
+    ((left >= least)) || fail 1 "$* cannot be reached, and $left ranks are left of the $least that --min-np wants; look after it"
+    hosts=("${rest[@]}") slots=("${counts[@]}")
+    ((np <= left)) || np=$left
+    say "warning: $* cannot be reached and is left out; ranks: $np"
 }
 
 what_is_wrong() { # HOST STATUS OUTPUT VERSIONS_HERE: prints it, with the cure
@@ -297,8 +324,8 @@ differences() { # HOST "versions a=1 b=2" "versions a=1 b=3", of this machine
 # Runs a launcher to its end, and sets status to its exit code. On SIGTERM the
 # ranks save; a second one ends them at once.
 run() { # COMMAND...
-    local mark
-    mark=$(hostname)-$$-$(date +%s)
+    local each
+    mark=${mark:-$(hostname)-$$-$(date +%s)}
     marked="^HVDNOISE_LAUNCH=$mark\$"
     trap stop TERM INT HUP
     trap lose USR1 # from launch/bin/ssh
@@ -318,7 +345,7 @@ run() { # COMMAND...
         [[ $signalled ]] || sleep 1 # it was stopped, as by Ctrl-Z
     done
     trap '' TERM INT HUP USR1
-    for mark in $stopping $lost $outlives; do kill -- "-$mark" 2>/dev/null || true; done
+    for each in $stopping $lost $outlives; do kill -- "-$each" 2>/dev/null || true; done
     kill -KILL -- "-$launcher" 2>/dev/null || true # what it may have left in its group
     [[ ! $lost ]] || ((status < 128)) || status=1 # it was killed, as the host was lost
     IFS=$'\t' read -r -t 5 first_rank first_code first_how cause <&"$ended" || true
@@ -418,6 +445,14 @@ end_launcher() {
     kill -KILL -- "-$launcher" 2>/dev/null || true
 }
 
+# With --end: what another launch has left behind, and nothing else.
+end_or_go_on() {
+    [[ $end ]] || return 0
+    marked="^HVDNOISE_LAUNCH=$end\$" patience=0
+    sweep
+    exit
+}
+
 # After a failure: ranks that are still there, and hosts that are not.
 sweep() {
     local host state said
@@ -426,6 +461,6 @@ sweep() {
         lost_host=$host
         say "error: $(what_is_wrong "$host" 255 "$said" '') It was there at the start: look after it, then go on with --resume auto"
     done < <(everywhere 20 "n=0
-while left=\$(grep -lsz '$marked' /proc/[0-9]*/environ) && [ \$n -lt 50 ]; do sleep 0.1; n=\$((n + 1)); done
+while left=\$(grep -lsz '$marked' /proc/[0-9]*/environ) && [ \$n -lt $patience ]; do sleep 0.1; n=\$((n + 1)); done
 for each in \$left; do each=\${each#/proc/}; kill -KILL \${each%/environ}; done")
 }

@@ -4,8 +4,8 @@
     search.py       the points that are tried
     plan.py         every run that there is, and its checks
     runs.py         what the run folders say
-    guard.py        a program around each run: nothing outlives the study
-    launch.py       command lines, places of runs, several at once
+    launch.py       command lines, places of runs, several at once; around each run is a
+                    hvdnoise.supervise.guard, so that nothing outlives the study
     lock.py         one study at a time in a folder
     statistics.py   paired differences, intervals, Holm's correction
     results.py      results.json, the choice, the table

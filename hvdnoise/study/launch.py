@@ -14,8 +14,8 @@ from typing import Callable, Sequence
 
 from hvdnoise.planning import lines
 from hvdnoise.planning.config import PlanConfig
-from hvdnoise.study import guard
 from hvdnoise.study.config import StudyConfig
+from hvdnoise.supervise import guard
 from hvdnoise.training.config import ConfigError
 
 _GUARD = [sys.executable, "-I", "-S", guard.__file__]  # quick: it needs no packages

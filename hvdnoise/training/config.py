@@ -74,7 +74,8 @@ class TrainConfig:
         overwrite: replace an earlier run in run_dir.
         resume: never; auto (the newest whole checkpoint in run_dir, or a start where there is
             none); or the path of a checkpoint or of a run.
-        resume_resize: resume with another number of workers, which makes it another run.
+        resume_resize: resume on another number of ranks, with virtual_workers such that W stays
+            the same, or with another number of workers, which makes it another run.
         log_every: steps between two lines of metrics.
         spectrum_every: steps between two lines with the spectrum of the workers' covariance;
             0: none.

@@ -26,7 +26,7 @@ from hvdnoise.noise.emulated import WeightedSample
 from hvdnoise.optimizer import DistributedOptimizer
 from hvdnoise.planning.predict import received_in_a_step
 from hvdnoise.plans import PLANS
-from hvdnoise.training import data, models
+from hvdnoise.training import data, models, resize
 from hvdnoise.training.config import TrainConfig, flatten
 from hvdnoise.training.ema import make_ema
 from hvdnoise.training.evaluate import mean_buffers, own_buffers, set_buffers
@@ -72,6 +72,7 @@ class Job:
     ema: AveragedModel | None
     total_steps: int
     counters: Counters = field(default_factory=Counters)
+    virtual_workers_asked: int | None = None  # the setting, before `resize` adjusted it
     best: State | None = None  # with validation: the best weights, on the CPU, equal on all ranks
     digests: dict[str, str] = field(default_factory=dict)  # of the data, once ranks agree on them
     lock: FolderLock | None = None  # rank 0's, of the run folder
@@ -119,6 +120,7 @@ class Job:
                 "optimizer": optimizer, "scaler": self.scaler.state_dict(),
                 "best": self.best, "counters": asdict(self.counters),
                 "config": flatten(self.config), "data": self.digests,
+                resize.ASKED: self.virtual_workers_asked,
                 "steps_per_epoch": self.sampler.steps_per_epoch,
                 "examples_per_step": self.batches.total, "versions": versions()}
 

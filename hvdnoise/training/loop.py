@@ -40,8 +40,12 @@ from hvdnoise.training.validation import check_run_dir
 MEASURES_PER_LINE = 4  # steps of a log interval whose norms are measured
 
 
-def run(config: TrainConfig, world: World, device: torch.device, preemption: Preemption) -> int:
+def run(config: TrainConfig, world: World, device: torch.device, preemption: Preemption, *,
+        virtual_workers_asked: int | None = None) -> int:
     """Train as ``config`` says; the exit code. Collective.
+
+    Args:
+        virtual_workers_asked: the setting, where `hvdnoise.training.resize` has adjusted it.
 
     Raises:
         ConfigError, DataError: for settings or data that cannot be used; nothing was created.
@@ -51,6 +55,7 @@ def run(config: TrainConfig, world: World, device: torch.device, preemption: Pre
     watchdog.enter("start")
     data.prepare(config.data, world)
     job = call_or_raise(world, lambda: build(config, world, device))
+    job.virtual_workers_asked = virtual_workers_asked or config.virtual_workers
     job.digests = agree_on_data(job.datasets, config.data, device, world)
 
     def stop() -> None:
@@ -107,6 +112,7 @@ def train(job: Job, folder: Path, records: Records, progress: Progress, preempti
     meter = Meter(job.batches, job.device)
     saved_at, scored_at, scores = -1, -1, dict[str, float]()
     job.model.train()
+    records.note_step(at.step)
     while at.step < job.total_steps:
         job.sampler.set_epoch(at.step // per_epoch, at.step % per_epoch)
         batches = iter(loader)
@@ -117,6 +123,7 @@ def train(job: Job, folder: Path, records: Records, progress: Progress, preempti
                 preempted(job, folder, saved=saved_at == at.step)
                 return EXIT_PREEMPTED
             take_step(job, batches, meter)
+            records.note_step(at.step)
             progress.step()
             if at.step % config.log_every == 0 or at.step == epoch_end:
                 _log(job, meter, records, progress)

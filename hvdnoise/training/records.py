@@ -9,6 +9,7 @@
     RUN/tensorboard/         the same numbers as events
     RUN/summary.json         how the run ended, "outcome": "finished" or "diverged"; there is none
                              before, and none of a run that crashed; see docs/runs.md
+    RUN/step                 the last step that was taken, also of a run that was killed
     RUN/weights*.pt          state dicts: final, best accuracy (on the validation images, else on
                              the test images), moving average
     RUN/checkpoints/         see `hvdnoise.training.checkpoint`
@@ -46,9 +47,10 @@ from hvdnoise import watchdog
 from hvdnoise.training import folder_lock, plugins
 from hvdnoise.training.progress import log
 
+STEP_FILE = "step"
 _OF_A_RUN = ("environment.json", "metrics.jsonl", "preempted.json", "summary.json", "weights.pt",
              "weights-best.pt", "weights-ema.pt", "checkpoints", "logs", "measure", "report",
-             "tensorboard", "config.yaml")  # the last tells that there is a run
+             "tensorboard", STEP_FILE, "config.yaml")  # the last tells that there is a run
 
 
 def is_run(folder: Path) -> bool:
@@ -186,6 +188,7 @@ class Records:
         self._events: Any = None
         self._failed: set[str] = set()
         self._active, self._is_ours = rank == 0, is_ours
+        self._step: int | None = None  # the descriptor of RUN/step
         if self._active and resumed_at is not None:
             self._attempt("metrics.jsonl", lambda: self._drop_after(resumed_at, again))
         if self._active and tensorboard:
@@ -214,6 +217,17 @@ class Records:
         if self._events is not None:
             self._attempt("TensorBoard events", lambda: self._send(kind, step, clean))
 
+    def note_step(self, step: int) -> None:
+        """Keep RUN/step up to date, for whoever looks at the run when it was killed."""
+        if self._active:
+            self._attempt("step", lambda: self._write_step(step))
+
+    def _write_step(self, step: int) -> None:
+        if self._step is None:  # a new file at each start
+            write_text(self.folder / STEP_FILE, f"{step:<19d}\n")
+            self._step = os.open(self.folder / STEP_FILE, os.O_WRONLY)
+        os.pwrite(self._step, b"%-19d\n" % step, 0)
+
     def _append(self, line: dict[str, Any]) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -239,3 +253,6 @@ class Records:
         """Close the event file."""
         if self._events is not None:
             self._attempt("TensorBoard events", self._events.close)
+        if self._step is not None:
+            os.close(self._step)
+            self._step = None

@@ -9,7 +9,7 @@ from typing import Any
 
 from hvdnoise import watchdog
 from hvdnoise.comm import World
-from hvdnoise.training import checkpoint, fitting, records
+from hvdnoise.training import checkpoint, fitting, records, resize
 from hvdnoise.training.checkpoint import BrokenCheckpoint
 from hvdnoise.training.config import ConfigError, TrainConfig, changes, flatten
 from hvdnoise.training.job import Job
@@ -29,7 +29,8 @@ class Source:
         path: the checkpoint.
         step: what its manifest says.
         shared: the state that is equal on all ranks.
-        own: this rank's own; None where the number of workers has changed (``resume_resize``).
+        own: this rank's own; with ``resume_resize`` that of the same workers where only the ranks
+            have changed, and None where the number of workers has.
     """
 
     path: Path
@@ -50,7 +51,7 @@ def find_source(job: Job) -> Source | None:
     if config.resume == "never":
         return None
     before = call_or_raise(world, lambda: _read_folder(Path(config.run_dir or ""), world.rank))
-    chosen = checkpoint.choose(_candidates(config), world)
+    chosen = checkpoint.choose(resize.candidates(config), world)
     if chosen is None:
         call_or_raise(world, lambda: _check_same_run(before, config))
         log.info("no checkpoint to resume from: starting at step 0")
@@ -63,13 +64,16 @@ def find_source(job: Job) -> Source | None:
             fitting.check_facts(shared)
             _check_same_run(shared["config"], config)
             _check_same_data(shared, job)
-            same_size = _check_size(shared, manifest["ranks"], config, world)
+            _check_size(shared, manifest["ranks"], config, world)
             _warn_of_differences(shared, config)
-        own = checkpoint.read(path / f"rank-{world.rank}.pt") if same_size else None
+            own = _own(path, shared, manifest["ranks"], config, world)
         return Source(path, manifest["step"], shared, own)
 
     log.info("resuming from %s", path)
-    return call_or_raise(world, load)
+    source = call_or_raise(world, load)
+    if source.own is not None and manifest["ranks"] != world.size:
+        _agree_on_noise(source.shared, source.own, world)
+    return source
 
 
 def restore(job: Job, source: Source) -> None:
@@ -85,13 +89,25 @@ def restore(job: Job, source: Source) -> None:
     call_or_raise(job.world, load)
 
 
-def _candidates(config: TrainConfig) -> list[Path]:
-    if config.resume == "auto":
-        return checkpoint.found(Path(config.run_dir or "") / "checkpoints")
-    path = Path(config.resume)
-    if (path / "checkpoints").is_dir():
-        return checkpoint.found(path / "checkpoints")
-    return [path]
+def _own(path: Path, shared: State, ranks: int, config: TrainConfig, world: World
+         ) -> State | None:
+    """This rank's own state; None where there are other workers."""
+    virtual = shared["config"]["virtual_workers"]
+    if (ranks, virtual) == (world.size, config.virtual_workers):
+        return checkpoint.read(path / f"rank-{world.rank}.pt")
+    if ranks * virtual != config.workers(world.size):
+        return None
+    return resize.regrouped(lambda rank: checkpoint.read(path / f"rank-{rank}.pt"), before=virtual,
+                            now=config.virtual_workers, rank=world.rank)
+
+
+def _agree_on_noise(shared: State, own: State, world: World) -> None:
+    """Where one rank cannot take over the noise's state, it starts anew on all. Collective."""
+    if any(world.gather_json(own["noise"] is None, name="resize.noise")):
+        own["noise"] = None
+        if shared["config"].get("noise.kind", "none") != "none":
+            log.warning("what the noise keeps differs between ranks, and cannot be moved to "
+                        "others: it starts anew")
 
 
 def _read_folder(folder: Path, rank: int) -> State:
@@ -151,20 +167,24 @@ def _check_same_data(shared: State, job: Job) -> None:
                           "put the same files back, or start a new run")
 
 
-def _check_size(shared: State, ranks: int, config: TrainConfig, world: World) -> bool:
-    """Whether every rank finds its own workers again."""
+def _check_size(shared: State, ranks: int, config: TrainConfig, world: World) -> None:
+    """Raise for other ranks or workers, unless they are asked for; say what they mean."""
     virtual = shared["config"]["virtual_workers"]
     if (ranks, virtual) == (world.size, config.virtual_workers):
-        return True
+        return
     if not config.resume_resize:
         raise ConfigError(
             f"cannot resume on {world.size} ranks x {config.virtual_workers} virtual workers: the "
             f"checkpoint is of {ranks} x {virtual}, and noise and batches depend on it; start "
             f"{ranks} ranks, or add --resume_resize to make it another run")
+    if ranks * virtual == config.workers(world.size):
+        log.warning("resumed on %d ranks x %d workers, was %d x %d: the same workers, data and "
+                    "noise, but not the bits of the run without the interruption, as sums are "
+                    "added in another order", world.size, config.virtual_workers, ranks, virtual)
+        return
     log.warning("resumed with another number of workers (%d x %d, was %d x %d): not the run that "
                 "would have been without the interruption", world.size, config.virtual_workers,
                 ranks, virtual)
-    return False
 
 
 def _warn_of_differences(shared: State, config: TrainConfig) -> None:

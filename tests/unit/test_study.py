@@ -16,8 +16,9 @@ import pytest
 import yaml
 
 from hvdnoise import cli
-from hvdnoise.study import guard, launch
+from hvdnoise.study import launch
 from hvdnoise.study.lock import only_one
+from hvdnoise.supervise import guard
 from hvdnoise.training.config import ConfigError, TrainConfig, flatten
 from hvdnoise.training.progress import log
 from tests.launcher import ROOT
