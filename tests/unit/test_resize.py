@@ -80,8 +80,9 @@ def test_virtual_workers_are_adjusted(tmp_path: Path, ranks: int, virtual: int, 
 
 def test_a_run_that_was_killed_before_it_was_one_can_be_gone_on_with(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    (run / "logs").mkdir(parents=True)
+    run.mkdir()
     (run / "config.yaml.part").touch()
+    (run / "lock-1.json").touch()
     config = TrainConfig(run_dir=str(run), resume="auto", checkpoint=CheckpointConfig())
     validate(config, 1)
     (run / "thesis.tex").touch()
