@@ -62,7 +62,7 @@ class TrainConfig:
         clip_norm: limit of the gradient's norm.
         precision: of forward and backward; weights stay in 32 bits.
         ema: decay of a moving average of the weights, which is evaluated too.
-        max_bad_steps: give up after so many steps in a row whose gradient is not finite.
+        max_bad_steps: give up after so many steps in a row in which something is not finite.
         eval_every: evaluate after each so many epochs, on the validation images where there are
             any, else on the test images; 0: at the end only.
         score_train: at the end, also score the images trained on, without augmentation.

@@ -10,9 +10,9 @@ So the gradient of that worker is NaN, and the mean with it, on all ranks alike.
 only where all that it adds is, and nothing waits for the device.
 
 A step that is not taken leaves no trace: `undo` brings buffers, generator and learning rates back,
-and drops what the noise has seen; optimizer and moving average were not asked. Only then do the ranks tell each
-other, as JSON, what was wrong with which worker. Weights or earlier buffers that are not finite
-themselves end the run: no later step could be taken.
+and drops what the noise has seen; optimizer and moving average were not asked. Only then do the
+ranks tell each other, as JSON, what was wrong with which worker. Weights or earlier buffers that
+are not finite themselves end the run: no later step could be taken.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import json
 import pickle
 import random
 import shutil
+import threading
 import zipfile
 from pathlib import Path
 from typing import Any, Callable
@@ -15,12 +16,15 @@ import torch
 
 from hvdnoise.training import checkpoint, finite, loop, rerun, weights
 from hvdnoise.training.checkpoint import NotFiniteError
+from hvdnoise.training.config import TrainConfig
 from hvdnoise.training.errors import Diverged
 from hvdnoise.training.job import Job
+from hvdnoise.training.options import parse
 from tests.fake_world import ThreadWorld, run_threads
-from tests.trainer import GNC, metrics, poison, speaking, train
+from tests.trainer import GNC, TINY, Never, poison, speaking, train
 
 __all__ = ["speaking"]  # a fixture
+pytestmark = pytest.mark.slow  # many seconds in all
 BATCH_NORM = [*GNC, "--norm", "batch", "--ema", "0.9", "--checkpoint.every_steps", "1"]
 
 
@@ -61,9 +65,9 @@ def test_a_checkpoint_that_is_not_finite_is_an_error_on_all_ranks(tmp_path: Path
 PLACES: dict[str, Callable[[Job], torch.Tensor]] = {
     "optimizer.state.0.momentum_buffer": lambda job: job.optimizer.state[
         next(job.model.parameters())]["momentum_buffer"],
-    "ema.module.0.weight": lambda job: job.ema.module[0].weight,  # type: ignore[union-attr,index]
-    "model.0.weight": lambda job: job.model[0].weight,  # type: ignore[index,return-value]
-    "model.2.running_var": lambda job: job.model[2].running_var}  # type: ignore[index,return-value]
+    "ema.module.0.weight": lambda job: job.ema.state_dict()["module.0.weight"],  # type: ignore
+    "model.0.weight": lambda job: job.model.state_dict()["0.weight"],
+    "model.2.running_var": lambda job: job.model.state_dict()["2.running_var"]}
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -119,16 +123,12 @@ def test_a_run_resumed_after_a_bad_step_ends_in_the_same_bits(tmp_path: Path,
     def build(*arguments: Any) -> Any:
         with lock:
             return real_build(*arguments)
-    import threading
     lock = threading.Lock()
     monkeypatch.setattr(loop, "build", build)
     poison(monkeypatch, {3})
     flags = [*BATCH_NORM, "--noise.radius", "null", "--noise.lr", "1", "--virtual_workers", "1"]
 
     def runs(folder: Path, *more: str, stop: int | None = None) -> None:
-        from hvdnoise.training.config import TrainConfig
-        from hvdnoise.training.options import parse
-        from tests.trainer import TINY, Never
         config = parse(TrainConfig, [*TINY, *flags, "--run_dir", str(folder), *more],
                        program="hvdnoise train")
         run_threads(2, lambda world: loop.run(config, world, torch.device("cpu"),
