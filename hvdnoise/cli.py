@@ -236,12 +236,9 @@ def _in_world(launched: dict[str, int], facts: dict[str, Any],
     from hvdnoise.training.progress import start_terminal
     from hvdnoise.training.records import versions
     watched = process.watch(launched)
-    watched.enter("start")
     start_terminal(launched["rank"])
-    rank = launched["rank"]
     try:
         world = comm.init(group_size=group_size)
-        rank = world.rank
         try:
             _handshake(world, {**versions(), **environment(), **facts})
             watched.enter("")
@@ -255,8 +252,7 @@ def _in_world(launched: dict[str, int], facts: dict[str, Any],
         watched.rest()
         return code
     except BaseException as error:
-        process.crash(error, rank)
-        raise
+        process.crash(error, watched.rank)
 
 
 def _handshake(world: comm.World, facts: dict[str, Any]) -> None:

@@ -148,7 +148,7 @@ def local_ranks() -> dict[int, str]:
     """The ranks of this launch that have a process on this host, and its state's letter (T: it is
     stopped); empty where no launcher tells one launch from another."""
     own, found = job(), dict[int, str]()
-    if not own:
+    if not own or not Path("/proc").is_dir():
         return found
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():

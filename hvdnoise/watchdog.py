@@ -18,25 +18,25 @@ it knows nothing but the collectives that are waited for.
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
 from hvdnoise import ancestors, limits
+from hvdnoise.ending import EXIT_CODE, end_within, stacks
 from hvdnoise.limits import Limits
 from hvdnoise.peers import FOLLOWS, Peers
 
 ORPHAN_SECONDS = 20.0  # to save and end in, once the launcher is gone
+_ORPHAN_LAST_WORDS_SECONDS = 5.0
 _LAST_WORDS_SECONDS = 10.0  # for what a full pipe or a lost file system may block
-EXIT_CODE = 1
 
 
 class Position(NamedTuple):
@@ -69,7 +69,6 @@ class Watchdog:
         self._at = Position()
         self.peers = Peers(rank, size, self._describe, limits.shortest)
         self._ancestors = ancestors.of_launch()
-        self._ending = threading.Lock()
         threading.Thread(target=self._watch, name="hvdnoise-watchdog", daemon=True).start()
 
     # ------------------------------------------------------------------ progress
@@ -89,8 +88,13 @@ class Watchdog:
         """A phase within another."""
         before = self._at
         self._at = Position(name, before.step)
-        yield
-        self._at = Position(*before)  # after an error it stays where that happened
+        try:
+            yield
+        except BaseException:  # of which the last words say where it happened
+            if not before.phase:
+                self._at = Position()
+            raise
+        self._at = Position(*before)
 
     @contextmanager
     def waiting_for(self, what: str) -> Iterator[None]:
@@ -131,7 +135,7 @@ class Watchdog:
             seen, stood = (at, stood + tick) if at is seen else (at, 0.0)
             limit = self.limits.of(at.phase)
             if limit and stood >= limit and (at.phase or at.waits):
-                self._end(self._too_long(at, limit), own=not at.waits)
+                self._end(partial(self._too_long, at, limit), own=not at.waits)
             looked += tick
             if looked >= 1.0:
                 orphaned = self._look_after_launcher(orphaned, looked)
@@ -141,20 +145,21 @@ class Watchdog:
         """Seconds since the launcher was found gone; -1 while it is there."""
         if orphaned >= 0:
             if orphaned + passed >= ORPHAN_SECONDS:
-                self._end(f"ends{self.in_place()}: its launcher is gone, and it did not end "
-                          f"by itself in {ORPHAN_SECONDS:g} s")
+                self._end(lambda: f"ends{self.in_place()}: its launcher is gone, and it did not "
+                                  f"end by itself in {ORPHAN_SECONDS:g} s")
             return orphaned + passed
         gone = ancestors.first_gone(self._ancestors)
         if gone is None:
             return -1.0
         text = f"its launcher is gone ({gone.command}, process {gone.pid})"
         if self.ask is None and not callable(signal.getsignal(signal.SIGTERM)):
-            self._end(f"ends{self.in_place()}: {text}", stacks=False)
-        self.say(f"hvdnoise: rank {self.rank}: {text}: asking for a save, then it ends")
+            self._end(lambda: f"ends{self.in_place()}: {text}", quiet=True)
+        end_within(ORPHAN_SECONDS + _ORPHAN_LAST_WORDS_SECONDS)
         if self.ask is not None:
             self.ask()
         else:
             os.kill(os.getpid(), signal.SIGTERM)
+        self.say(f"hvdnoise: rank {self.rank}: {text}: asking for a save, then it ends")
         return 0.0
 
     # ------------------------------------------------------------------ the end
@@ -167,28 +172,20 @@ class Watchdog:
         return f"{did}: {others}; ending this rank " \
                f"({limits.variable(at.phase)} sets the limit)"
 
-    def _end(self, did: str, *, stacks: bool = True, own: bool = False) -> None:
-        """Say it and end this process, whatever blocks; ``own``: the cause is on this rank."""
-        last = threading.Timer(_LAST_WORDS_SECONDS, os._exit, [EXIT_CODE])
-        last.daemon = True
-        last.start()
-        with self._ending:  # one thread only
+    def _end(self, tell: Callable[[], str], *, quiet: bool = False, own: bool = False) -> None:
+        """Say why and end this process, whatever blocks; ``own``: the cause is on this rank."""
+        end_within(_LAST_WORDS_SECONDS)
+        try:
+            did = tell()
             self.peers.end(did if own else FOLLOWS)
-            if stacks:
-                with contextlib.suppress(OSError):
-                    self._dump()
+            if not quiet:
+                self.say(f"hvdnoise: stacks of rank {self.rank}, process {os.getpid()}:\n"
+                         f"{stacks()}")
             self.say(f"hvdnoise: rank {self.rank} {did}")
             for child in multiprocessing.active_children():  # of a data loader
                 child.kill()
+        finally:
             os._exit(EXIT_CODE)
-
-    def _dump(self) -> None:
-        """All stacks, on stderr and into the log."""
-        with tempfile.TemporaryFile("w+") as file:  # so that it is written in one piece
-            faulthandler.dump_traceback(file, all_threads=True)
-            file.seek(0)
-            self.say(f"hvdnoise: stacks of rank {self.rank}, process {os.getpid()}:\n"
-                     f"{file.read()}")
 
     def say(self, line: str) -> None:
         """On stderr and in the log, whatever the rest of the process waits for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,5 +114,5 @@ def last_words(log: Path) -> str:
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     starts = [number for number, line in enumerate(lines) if line.startswith(MARK)]
     lines = lines[starts[-1] + 1:] if starts else lines
-    telling = [line for line in lines if "hvdnoise: error:" in line or "failed:" in line]
+    telling = [line for line in lines if re.search(r"hvdnoise: (error:|rank \d+ )|failed:", line)]
     return (telling or lines or ["nothing was said"])[-1][:300]

@@ -11,11 +11,13 @@ import os
 import sys
 import time
 import traceback
+from typing import NoReturn
 
 import torch
 
 from hvdnoise import limits, watchdog
 from hvdnoise.comm import World
+from hvdnoise.ending import end_within
 from hvdnoise.training import output
 from hvdnoise.training.errors import ConfigError, DataError
 from hvdnoise.training.progress import log
@@ -25,6 +27,7 @@ EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 SPEAK_AFTER_SECONDS = 5.0
 _LONGEST_CAUSE = 400  # characters
+_LONGEST_END_SECONDS = 20.0  # of a rank that fails, whatever its terminal or file system does
 
 
 def set_threads(threads: int | None, local_size: int) -> None:
@@ -76,7 +79,9 @@ def watch(launched: dict[str, int]) -> watchdog.Watchdog:
     if not faulthandler.is_enabled() and sys.__stderr__ is not None:
         faulthandler.enable(sys.__stderr__)  # says where a process crashed
     check_limits()
-    return watchdog.begin(launched["rank"], launched["size"])
+    watched = watchdog.begin(launched["rank"], launched["size"])
+    watched.enter("start")
+    return watched
 
 
 def refuse(message: str, launched: dict[str, int]) -> int:
@@ -115,13 +120,14 @@ def _say(message: str) -> None:
     print("hvdnoise: error: " + " ".join(message.split()), file=sys.stderr, flush=True)
 
 
-def crash(error: BaseException, rank: int) -> None:
+def crash(error: BaseException, rank: int) -> NoReturn:
     """End this process after an exception that the other ranks know nothing of.
 
     Its traceback appears, and then one line with the rank, where it was, and the cause. A rank that
     only noticed that another one is gone says that in one line, and which one if it can tell.
     Nothing is waited for: the launcher ends the rest of the job when it sees this rank's exit code.
     """
+    end_within(_LONGEST_END_SECONDS)
     place = " " * bool(watchdog.place()) + watchdog.place()
     watched = watchdog.current()
     code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_FAILED

@@ -13,6 +13,8 @@
     RUN/weights*.pt          state dicts: final, best accuracy (on the validation images, else on
                              the test images), moving average
     RUN/checkpoints/         see `hvdnoise.training.checkpoint`
+    RUN/logs/rank-N.log      every rank's own; beside it, while it runs, rank-N.state, see
+                             `hvdnoise.peers`
     RUN/logs/rank-N.log      every rank's own
     RUN/lock-N.json          who trains in the folder now (`hvdnoise.training.folder_lock`)
     RUN/measure/             what `hvdnoise measure` found of the weights; see docs/measure.md
