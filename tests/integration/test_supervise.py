@@ -1,7 +1,7 @@
 """`hvdnoise launch` with real ranks: whatever is killed, the run ends in the bits of the one that
 nobody touched; and on another number of ranks it goes on with the same workers.
 
-HVDNOISE_TEST_KILLS=20 kills as often as that in a run of 1,000 steps, under Gloo and under MPI (some
+HVDNOISE_TEST_KILLS=20 kills as often as that in a run of 1,000 steps, under Gloo and MPI (many
 minutes). Without it two kills in 400 steps, under Gloo.
 """
 
