@@ -118,6 +118,8 @@ def _train(arguments: Sequence[str], launched: dict[str, int]) -> int:
 def _eval(arguments: Sequence[str], launched: dict[str, int]) -> int:
     config = _parse(EvalConfig, arguments, launched, program="hvdnoise eval", positional="run")
     from hvdnoise.training import rerun
+    from hvdnoise.training.validation import require
+    require(config.batch_size >= 1, "batch_size", config.batch_size, "give 1 or more")
     trained, weights = rerun.find(config.run, config.checkpoint, config.data_root)
     process.set_threads(config.threads, launched["local_size"])
     process.be_deterministic()

@@ -13,18 +13,27 @@ import traceback
 import torch
 
 from hvdnoise.comm import World
+from hvdnoise.training.errors import ConfigError
 from hvdnoise.training.progress import log
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 SPEAK_AFTER_SECONDS = 5.0
+MOST_THREADS = 1024
+MOST_CHARACTERS = 1000  # of a line that says what is wrong: a value may be any long
 
 
 def set_threads(threads: int | None, local_size: int) -> None:
-    """Give this rank its share of the cores, unless OMP_NUM_THREADS or ``threads`` say."""
+    """Give this rank its share of the cores, unless OMP_NUM_THREADS or ``threads`` say.
+
+    Raises:
+        ConfigError: for a number of threads that no machine has.
+    """
     if threads is None and os.environ.get("OMP_NUM_THREADS"):
         return
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise ConfigError(f"threads={threads} is wrong: give 1 to {MOST_THREADS}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(threads or max(1, (cores or 1) // local_size))
 
@@ -72,7 +81,11 @@ def fail_together(message: str, world: World, code: int) -> int:
 
 def _say(message: str) -> None:
     sys.stdout.flush()
-    print("hvdnoise: error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    message = " ".join(message.split())
+    if len(message) > MOST_CHARACTERS:  # its end has the remedy
+        half = MOST_CHARACTERS // 2
+        message = f"{message[:half]} ... {message[-half:]}"
+    print(f"hvdnoise: error: {message}", file=sys.stderr, flush=True)
 
 
 def crash(error: BaseException, rank: int) -> None:
