@@ -1,4 +1,4 @@
-"""hvdnoise train | eval | measure | study | report | plan | bench | quadratic | doctor.
+"""hvdnoise train | eval | measure | reproduce | study | report | plan | bench | quadratic | doctor.
 
 Settings are parsed and checked before Horovod starts, so that a mistake costs nothing and leaves
 nothing behind. Exit codes: 0 done; 2 bad input, one line on stderr; 75 preempted by SIGTERM and
@@ -23,6 +23,7 @@ T = TypeVar("T")
 _USAGE = """usage: hvdnoise train [--config YAML] [--FLAG VALUE ...]   train a network
        hvdnoise eval RUN [--FLAG VALUE ...]                score the weights of a run
        hvdnoise measure RUN [--FLAG VALUE ...]             sharpness of a run's weights
+       hvdnoise reproduce RUN [--FLAG VALUE ...]           run again; the same bits?
        hvdnoise study FILE.yaml [--FLAG VALUE ...]         compare methods: tune, run, table
        hvdnoise report RUN_OR_STUDY... [--out FOLDER]      a page of what they recorded
        hvdnoise plan [--config YAML] [--FLAG VALUE ...]    say what a run costs; launch lines
@@ -76,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     launched = comm.environment()
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     commands: dict[str, Callable[[Sequence[str], dict[str, int]], int]] = {
-        "train": _train, "eval": _eval, "measure": _measure, "study": _study,
+        "train": _train, "eval": _eval, "measure": _measure,
+        "reproduce": _reproduce, "study": _study,
         "report": _report, "plan": _plan, "bench": _bench, "quadratic": _quadratic,
         "doctor": _doctor}
     if command in ("--help", "-h", "help"):
@@ -84,8 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         if command not in commands:
-            raise ConfigError(f"unknown command {command!r}: give train, eval, measure, study, "
-                              "report, plan, bench, quadratic or doctor; see hvdnoise --help")
+            raise ConfigError(f"unknown command {command!r}: give train, eval, measure, "
+                              "reproduce, study, report, plan, bench, quadratic or doctor; see "
+                              "hvdnoise --help")
         return commands[command](rest, launched)
     except ConfigError as error:
         return process.refuse(str(error), launched)
@@ -145,12 +148,25 @@ def _measure(arguments: Sequence[str], launched: dict[str, int]) -> int:
         config, trained, weights, world, process.pick_device(config.device, world)))
 
 
+def _reproduce(arguments: Sequence[str], launched: dict[str, int]) -> int:
+    from hvdnoise.reproduce.config import ReproduceConfig
+    config = _parse(ReproduceConfig, arguments, launched, program="hvdnoise reproduce",
+                    positional="run")
+    _refuse_launcher("reproduce", launched)
+    from hvdnoise.reproduce.run import run
+    return run(config)
+
+
 def _study(arguments: Sequence[str], launched: dict[str, int]) -> int:
     from hvdnoise.study.run import run
-    if launched["size"] > 1 and "SLURM_STEP_ID" not in os.environ or launched["rank"] > 0:
-        raise ConfigError(f"hvdnoise study starts ranks by itself, and here are {launched['size']}"
-                          " of it: start it without a launcher")
+    _refuse_launcher("study", launched)
     return run(arguments)
+
+
+def _refuse_launcher(command: str, launched: dict[str, int]) -> None:
+    if launched["size"] > 1 and "SLURM_STEP_ID" not in os.environ or launched["rank"] > 0:
+        raise ConfigError(f"hvdnoise {command} starts ranks by itself, and here are "
+                          f"{launched['size']} of it: start it without a launcher")
 
 
 def _report(arguments: Sequence[str], launched: dict[str, int]) -> int:

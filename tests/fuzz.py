@@ -37,6 +37,7 @@ from hvdnoise.planning.config import PlanConfig
 from hvdnoise.quadratic.config import QuadraticConfig
 from hvdnoise.report.config import ReportConfig
 from hvdnoise.study.config import StudyConfig
+from hvdnoise.training import yamlfile
 from hvdnoise.training.config import TrainConfig, flatten, nested
 from hvdnoise.training.options import parse
 
@@ -312,10 +313,14 @@ def _check_returns(case: Case, folder: Path) -> None:
             config = parse(TrainConfig, case.arguments[1:], program="again")
         except SystemExit:  # --help
             return
-        text = yaml.safe_dump(nested(config), sort_keys=False)
+        text = yamlfile.dump(nested(config))
         (folder / "written.yaml").write_text(text)
-        again = parse(TrainConfig, ["--config", "written.yaml"], program="again")
-        (folder / "written.yaml").unlink()
+        try:
+            again = parse(TrainConfig, ["--config", "written.yaml"], program="again")
+        except ValueError as error:
+            raise Fault(f"does not come back: {error}") from error
+        finally:
+            (folder / "written.yaml").unlink()
     if again != config:
         raise Fault(f"comes back as another: {config} {again}")
 

@@ -32,6 +32,7 @@ from hvdnoise.training.ema import make_ema
 from hvdnoise.training.evaluate import mean_buffers, own_buffers, set_buffers
 from hvdnoise.training.meter import Batches
 from hvdnoise.training.optim import build_optimizer, build_schedule
+from hvdnoise.training.origin import Start, facts, starts_with
 from hvdnoise.training.records import versions
 from hvdnoise.training.sampler import WorkerSampler
 
@@ -68,6 +69,7 @@ class Job:
     ema: AveragedModel | None
     total_steps: int
     counters: Counters = field(default_factory=Counters)
+    starts: list[Start] = field(default_factory=list)  # of the run; this one is the last
     best: State | None = None  # with validation: the best weights, on the CPU, equal on all ranks
 
     @property
@@ -106,7 +108,7 @@ class Job:
                 "ema": None if self.ema is None else
                 {**self.ema.state_dict(), **mean_buffers(self.ema, self.world)},
                 "optimizer": optimizer, "scaler": self.scaler.state_dict(),
-                "best": self.best, "counters": vars(self.counters).copy(),
+                "best": self.best, "starts": self.starts, "counters": vars(self.counters).copy(),
                 "config": flatten(self.config),
                 "steps_per_epoch": self.sampler.steps_per_epoch,
                 "examples_per_step": self.batches.total, "versions": versions()}
@@ -135,6 +137,7 @@ class Job:
         self.scaler.load_state_dict(shared["scaler"])
         self.counters = Counters(**shared["counters"])
         self.best = shared.get("best")
+        self.starts = shared.get("starts", [])  # older checkpoints have none
         if own is None:
             self.counters.step = self._step_of_examples(shared)
         else:
@@ -149,6 +152,14 @@ class Job:
         seen = -(-step // repeat) * shared["examples_per_step"]
         return epoch * self.sampler.steps_per_epoch + min(-(-seen // batch) * repeat,
                                                           self.sampler.steps_per_epoch)
+
+    def start(self) -> None:
+        """Take down that the run begins, or goes on, here and now."""
+        config = self.config
+        self.starts = starts_with(self.starts, {
+            "step": self.counters.step, "ranks": self.world.size,
+            "virtual_workers": config.virtual_workers, "epochs": config.epochs,
+            **facts(self.world.transport, versions())})
 
     def set_learning_rate(self) -> float:
         """Give every parameter group the rate of the step to come, which depends on the position

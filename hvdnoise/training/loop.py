@@ -54,6 +54,7 @@ def run(config: TrainConfig, world: World, device: torch.device, preemption: Pre
     else:
         job.load(*source)
         log.info("resumed at step %d", job.counters.step)
+    job.start()
     at = job.counters
     records = Records(folder, rank=world.rank, tensorboard=config.tensorboard,
                       resumed_at=None if config.resume == "never" else at.step,

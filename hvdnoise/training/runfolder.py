@@ -19,7 +19,7 @@ from torch import nn
 
 from hvdnoise import comm
 from hvdnoise.comm import World
-from hvdnoise.training import checkpoint, records
+from hvdnoise.training import checkpoint, records, yamlfile
 from hvdnoise.training.config import (
     ConfigError,
     TrainConfig,
@@ -151,9 +151,8 @@ def open_folder(config: TrainConfig, world: World, model: nn.Module) -> Path:
 
     def describe() -> None:
         if world.rank == 0:
-            text = yaml.safe_dump(nested(config), sort_keys=False)
-            records.write_text(folder / "config.yaml", text)
-            facts = records.environment(hosts, comm.environment())
+            records.write_text(folder / "config.yaml", yamlfile.dump(nested(config)))
+            facts = records.environment(hosts, comm.environment(), world.transport)
             records.write_text(folder / "environment.json", json.dumps(facts, indent=1))
             for name in ("preempted.json", "summary.json"):
                 (folder / name).unlink(missing_ok=True)

@@ -89,6 +89,26 @@ def check_text(name: str, text: str) -> None:
         raise ConfigError(f"{name}: {error}") from error
 
 
+def dump(values: dict[str, Any]) -> str:
+    """The text that `load` reads as ``values``."""
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False)
+    return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Text that would be read as something else is quoted: as "1e-3", a number to `load` alone."""
+
+    def represent_text(self, value: str) -> yaml.ScalarNode:
+        try:
+            stays = load(value) == value
+        except (ConfigError, yaml.YAMLError):
+            stays = False
+        return self.represent_scalar("tag:yaml.org,2002:str", value, style=None if stays else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
 class _Open:
     """A list or group whose end has not come: how many values it has, and the keys of a group."""
 
