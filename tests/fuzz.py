@@ -36,6 +36,7 @@ from hvdnoise.measure.config import MeasureConfig
 from hvdnoise.planning.config import PlanConfig
 from hvdnoise.quadratic.config import QuadraticConfig
 from hvdnoise.report.config import ReportConfig
+from hvdnoise.reproduce.config import ReproduceConfig
 from hvdnoise.study.config import StudyConfig
 from hvdnoise.training import yamlfile
 from hvdnoise.training.config import TrainConfig, flatten, nested
@@ -46,7 +47,7 @@ FILE = "my.yaml"
 KINDS: dict[str, Any] = {
     "train": TrainConfig, "plan": PlanConfig, "bench": BenchConfig, "quadratic": QuadraticConfig,
     "eval": cli.EvalConfig, "measure": MeasureConfig, "report": ReportConfig,
-    "doctor": cli.DoctorConfig, "study": StudyConfig}
+    "doctor": cli.DoctorConfig, "reproduce": ReproduceConfig, "study": StudyConfig}
 NOISE = ["noise." + name for name in (
     "kind", "source", "radius", "lr", "relative", "share", "final", "lag", "structure",
     "emulated_batch", "scope", "per", "echo", "decay", "every", "trace", "also")]
@@ -73,6 +74,8 @@ TOKENS = [  # as a flag's value, and as a value in YAML
     "covariance", "pnm", "none", "own", "gathered", "diagonal", "kronecker", "examples", "full",
     "adamw", "step", "polynomial", "synthetic", "imagefolder", "cifar10", "auto", "never", "group",
     "group:0", "group:-1", "group:x", "group:" + LONG, "allgather", "cuda", "cpu", "fp16", "bf16"]
+RIGHT = ["1", "2", "3", "8", "64", "0.1", "0.5", "1e-3", "2.5", "true", "false", "null", "mlp",
+         "none", "text", "1e3", "1.0", "0.9"]
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 9)}]\n" for n in range(12))
 MERGES = "".join(f"m{n}: &m{n} {{k{n}: 1, <<: [{', '.join([f'*m{n - 1}'] * 9 if n else ['{}'])}]}}"
@@ -167,10 +170,10 @@ def names(draw: Any, command: str) -> str:
 
 @st.composite
 def flag(draw: Any, command: str) -> list[str]:
-    name, token = draw(names(command)), draw(tokens)
-    return draw(st.sampled_from([[f"--{name}", token], [f"--{name}={token}"], [f"--{name}"],
-                                 [f"--{name}", token, token], [token], [f"-{name}", token]]
-                                if draw(st.integers(0, 3)) == 0 else [[f"--{name}={token}"]]))
+    name, token = draw(names(command)), draw(st.one_of(st.sampled_from(RIGHT), tokens))
+    forms = [[f"--{name}={token}"]] * 15 + [[f"--{name}", token], [f"--{name}"], [token],
+                                            [f"--{name}", token, token], [f"-{name}", token]]
+    return list(draw(st.sampled_from(forms)))
 
 
 @st.composite
@@ -185,7 +188,7 @@ def structured(draw: Any, command: str) -> bytes:
             if not isinstance(at.get(group), dict):
                 at[group] = {}
             at = at[group]
-        at[last] = draw(values)
+        at[last] = draw(st.one_of(st.sampled_from(RIGHT).map(yaml.safe_load), values))
     text: str = yaml.safe_dump(inside, allow_unicode=draw(st.booleans()),
                                default_flow_style=draw(st.booleans()))
     return text.encode(errors="surrogatepass")
@@ -214,8 +217,10 @@ def cases(draw: Any) -> Case:
         each for each in KINDS if each not in ("train", "plan", "study")]))
     file = draw(st.one_of(structured(command), st.sampled_from(DOCUMENTS), lines(command),
                           damaged(command), st.binary(max_size=50)))
-    first = {"eval": ["a-run"], "measure": ["a-run"], "report": ["a-run"], "study": [FILE]}
-    arguments = first.get(command, [])
+    arguments = [FILE] if command == "study" else \
+        ["a-run"] if command in ("eval", "measure", "report", "reproduce") else []
+    if command != "study" and draw(st.booleans()):  # one thing is wrong, or nothing
+        return Case(_as_system([command, *arguments, *draw(flag(command))]), file)
     if draw(st.integers(0, 9)) == 0:
         arguments = [draw(tokens)]
     if command != "study" and draw(st.integers(0, 2)) > 0:
@@ -224,10 +229,14 @@ def cases(draw: Any) -> Case:
         arguments = [*arguments, *each]
     if command == "study":
         arguments = [*arguments, "--dry_run"]
-    # what the system hands on: no NUL, and any other byte by surrogates
-    return Case([command, *(each.replace("\0", "").encode(errors="surrogateescape" if not any(
-        "\ud800" <= c < "\udc80" or "\udcff" < c <= "\udfff" for c in each) else "replace"
-    ).decode(errors="surrogateescape") for each in arguments)], file)
+    return Case(_as_system([command, *arguments]), file)
+
+
+def _as_system(arguments: list[str]) -> list[str]:
+    """As the system hands them on: no NUL, and bytes that are no UTF-8 as surrogates."""
+    return [each.replace("\0", "").encode("utf-8", "surrogatepass").decode("utf-8",
+                                                                           "surrogateescape")
+            for each in arguments]
 
 
 # ---------------------------------------------------------------------- what must hold
@@ -246,6 +255,8 @@ def make_place(folder: Path) -> None:
     (folder / "a-run").mkdir()
     (folder / "a-run" / "config.yaml").write_text("model: mlp\ndata: {dataset: synthetic}\n")
     (folder / "a-run" / "weights.pt").write_bytes(b"")
+    (folder / "a-run" / "summary.json").write_text('{"weights_sha256": "0", "ranks": 2}')
+    (folder / "a-run" / "environment.json").write_text('{"ranks": 2}')
 
 
 def run(case: Case, folder: Path) -> tuple[int, str]:
@@ -262,6 +273,7 @@ def run(case: Case, folder: Path) -> tuple[int, str]:
                      "hvdnoise.training.preemption.Preemption"):
             stack.enter_context(mock.patch(name, mock.Mock(return_value=0)))
         stack.enter_context(mock.patch("hvdnoise.study.run.Study.run", lambda self: 0))
+        stack.enter_context(mock.patch("hvdnoise.reproduce.run._run", lambda *_: (0, 15)))
         stack.enter_context(mock.patch("hvdnoise.report.run.run", lambda config: 0))
         stack.enter_context(contextlib.redirect_stderr(said))
         stack.enter_context(contextlib.redirect_stdout(shown))
@@ -299,7 +311,7 @@ def check(case: Case, folder: Path) -> int:
             raise Fault(f"a line of {len(said)} characters: {said[:300]!r}")
         if new := _contents(folder) - before:
             raise Fault(f"made {new}")
-    elif code != 0:
+    elif code != (143 if case.arguments[0] == "reproduce" and code else 0):
         raise Fault(f"exit code {code}: {said[:2000]!r}")
     elif case.arguments[0] == "train":
         _check_returns(case, folder)
@@ -353,8 +365,7 @@ def _contents(folder: Path) -> set[str]:
             and path.parent.name != "__pycache__"}
 
 
-def campaign(number: int, count: int, *, verbose: bool = False, shrink: bool = False
-             ) -> tuple[dict[int, int], dict[str, Case]]:
+def campaign(number: int, count: int) -> tuple[dict[int, int], dict[str, Case]]:
     """How many cases ended with each code, and an example of each kind of fault."""
     codes: dict[int, int] = {}
     faults: dict[str, Case] = {}

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hvdnoise.plans import with_group_size
 from hvdnoise.reproduce.config import ReproduceConfig
 from hvdnoise.reproduce.record import Record, plugin_digest, plugin_file
 from hvdnoise.study import launch
@@ -41,7 +42,7 @@ def _as_study(record: Record) -> StudyConfig:
 def changed(config: ReproduceConfig, record: Record) -> dict[str, Any]:
     """The settings that are others than in config.yaml, by flag; none changes a bit.
 
-    Where the run had several hosts, its exchange "group" was within each of them.
+    Where the run had several hosts, groups of its exchange were within each of them.
     """
     here: dict[str, Any] = {
         "run_dir": config.folder, "resume": "never", "resume_resize": "false",
@@ -49,9 +50,10 @@ def changed(config: ReproduceConfig, record: Record) -> dict[str, Any]:
         "device": record.device}
     if config.data_root is not None:
         here["data.root"] = config.data_root
-    local = record.environment.get("local_size")
-    if record.settings.get("exchange") == "group" and local != record.ranks:
-        here["exchange"] = f"group:{local}"
+    local, exchange = record.environment.get("local_size"), record.settings.get("exchange")
+    if isinstance(local, int) and isinstance(exchange, str) and local != record.ranks:
+        if with_group_size(exchange, local) != exchange:
+            here["exchange"] = with_group_size(exchange, local)
     return here
 
 

@@ -13,6 +13,9 @@ from hvdnoise.training.config import ConfigError, TrainConfig
 from hvdnoise.training.errors import one_line_errors
 from hvdnoise.training.process import MOST_THREADS
 
+MOST_EPOCHS = 1e9
+MOST_WORKERS = 1 << 16  # virtual ones, of a rank
+
 
 def validate(config: TrainConfig, size: int) -> None:
     """Check the settings as a whole, for ``size`` ranks.
@@ -52,7 +55,10 @@ def require_device(device: str) -> None:
 
 
 def _check_numbers(config: TrainConfig, size: int) -> None:
-    require(0 < config.epochs < math.inf, "epochs", config.epochs, "give a number above 0")
+    require(0 < config.epochs <= MOST_EPOCHS, "epochs", config.epochs,
+            f"give a number above 0, of at most {MOST_EPOCHS:g}")
+    require(config.virtual_workers <= MOST_WORKERS, "virtual_workers", config.virtual_workers,
+            f"give at most {MOST_WORKERS}")
     for name, least in (("virtual_workers", 1), ("accumulate", 1), ("max_bad_steps", 1),
                         ("log_every", 1), ("spectrum_every", 0), ("eval_every", 0), ("seed", 0)):
         value = getattr(config, name)
