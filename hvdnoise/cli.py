@@ -1,4 +1,4 @@
-"""hvdnoise train | launch | eval | measure | study | report | plan | bench | quadratic | doctor.
+"""hvdnoise train | launch | eval | measure | reproduce | study | report | plan | bench | ...
 
 Settings are parsed and checked before Horovod starts, so that a mistake costs nothing and leaves
 nothing behind. Exit codes: 0 done; 2 bad input, one line on stderr; 75 preempted by SIGTERM and
@@ -25,6 +25,7 @@ _USAGE = """usage: hvdnoise train [--config YAML] [--FLAG VALUE ...]   train a n
        hvdnoise launch [OPTIONS] -- train [...]            start ranks, again after failures
        hvdnoise eval RUN [--FLAG VALUE ...]                score the weights of a run
        hvdnoise measure RUN [--FLAG VALUE ...]             sharpness of a run's weights
+       hvdnoise reproduce RUN [--FLAG VALUE ...]           run again; the same bits?
        hvdnoise study FILE.yaml [--FLAG VALUE ...]         compare methods: tune, run, table
        hvdnoise report RUN_OR_STUDY... [--out FOLDER]      a page of what they recorded
        hvdnoise plan [--config YAML] [--FLAG VALUE ...]    say what a run costs; launch lines
@@ -80,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make_lasting()
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     commands: dict[str, Callable[[Sequence[str], dict[str, int]], int]] = {
-        "train": _train, "launch": _launch, "eval": _eval, "measure": _measure, "study": _study,
+        "train": _train, "launch": _launch, "eval": _eval, "measure": _measure,
+        "reproduce": _reproduce, "study": _study,
         "report": _report, "plan": _plan, "bench": _bench, "quadratic": _quadratic,
         "doctor": _doctor}
     if command in ("--help", "-h", "help"):
@@ -89,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command not in commands:
             raise ConfigError(f"unknown command {command!r}: give train, launch, eval, measure, "
-                              "study, report, plan, bench, quadratic or doctor; see "
+                              "reproduce, study, report, plan, bench, quadratic or doctor; see "
                               "hvdnoise --help")
         code = commands[command](rest, launched)
     except ConfigError as error:
@@ -137,6 +139,8 @@ def _launch(arguments: Sequence[str], launched: dict[str, int]) -> int:
 def _eval(arguments: Sequence[str], launched: dict[str, int]) -> int:
     config = _parse(EvalConfig, arguments, launched, program="hvdnoise eval", positional="run")
     from hvdnoise.training import rerun
+    from hvdnoise.training.validation import require
+    require(config.batch_size >= 1, "batch_size", config.batch_size, "give 1 or more")
     trained, weights = rerun.find(config.run, config.checkpoint, config.data_root)
     process.set_threads(config.threads, launched["local_size"])
     process.be_deterministic()
@@ -162,13 +166,26 @@ def _measure(arguments: Sequence[str], launched: dict[str, int]) -> int:
         config, trained, weights, world, process.pick_device(config.device, world)))
 
 
+def _reproduce(arguments: Sequence[str], launched: dict[str, int]) -> int:
+    from hvdnoise.reproduce.config import ReproduceConfig
+    config = _parse(ReproduceConfig, arguments, launched, program="hvdnoise reproduce",
+                    positional="run")
+    _refuse_launcher("reproduce", launched)
+    from hvdnoise.reproduce.run import run
+    return run(config)
+
+
 def _study(arguments: Sequence[str], launched: dict[str, int]) -> int:
     from hvdnoise.study.run import run
     process.check_limits()
-    if launched["size"] > 1 and "SLURM_STEP_ID" not in os.environ or launched["rank"] > 0:
-        raise ConfigError(f"hvdnoise study starts ranks by itself, and here are {launched['size']}"
-                          " of it: start it without a launcher")
+    _refuse_launcher("study", launched)
     return run(arguments)
+
+
+def _refuse_launcher(command: str, launched: dict[str, int]) -> None:
+    if launched["size"] > 1 and "SLURM_STEP_ID" not in os.environ or launched["rank"] > 0:
+        raise ConfigError(f"hvdnoise {command} starts ranks by itself, and here are "
+                          f"{launched['size']} of it: start it without a launcher")
 
 
 def _report(arguments: Sequence[str], launched: dict[str, int]) -> int:

@@ -97,6 +97,7 @@ class HorovodWorld(World):
         self.rank = self.process_set.rank() if self.included else -1
         self.size = self.process_set.size() if self.included else 0
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
+        self.transport = "mpi" if hvd.mpi_enabled() else "gloo"
         self._ops = {"average": hvd.Average, "sum": hvd.Sum, "min": hvd.Min, "max": hvd.Max,
                      "product": hvd.Product}
         self.watchdog = watchdog.begin(hvd.rank(), hvd.size())

@@ -49,6 +49,7 @@ class World(ABC):
     size: int
     local_rank: int
     local_size: int
+    transport: str | None = None  # what carries collectives between processes: gloo or mpi
     _counts: Counter[str]
 
     @property

@@ -11,7 +11,7 @@ from hvdnoise import comm
 from hvdnoise.bench import measure, models
 from hvdnoise.bench.variants import Variant, names, parse
 from hvdnoise.noise import Noise
-from hvdnoise.training.config import ConfigError
+from hvdnoise.training.errors import one_line_errors
 from hvdnoise.training.validation import require, require_device, require_folder
 
 
@@ -81,24 +81,20 @@ class BenchConfig:
 FREE = ("device", "threads", "interface", "out", "overwrite")
 
 
+@one_line_errors()
 def validate(config: BenchConfig, ranks: int) -> list[Variant]:
     """Check the settings as a whole; the variants to run, plain first.
 
     Raises:
         ConfigError: one line with the value that is wrong and the remedy.
     """
-    try:
-        _check_numbers(config, ranks)
-        models.check(config.model, config.image_size)
-        require(config.compute_ms == 0 or models.is_comm(config.model), "compute_ms",
-                config.compute_ms, "only models such as comm:25M emulate an accelerator; leave it "
-                "out, or choose such a model")
-        _check_places(config)
-        return _variants(config, ranks)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+    _check_numbers(config, ranks)
+    models.check(config.model, config.image_size)
+    require(config.compute_ms == 0 or models.is_comm(config.model), "compute_ms",
+            config.compute_ms, "only models such as comm:25M emulate an accelerator; leave it "
+            "out, or choose such a model")
+    _check_places(config)
+    return _variants(config, ranks)
 
 
 def _check_numbers(config: BenchConfig, ranks: int) -> None:

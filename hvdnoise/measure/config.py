@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from hvdnoise.training.errors import one_line_errors
 from hvdnoise.training.validation import require, require_device, require_folder
 
 
@@ -64,6 +65,7 @@ class MeasureConfig:
 FREE = ("device", "threads", "data_root", "out", "overwrite")
 
 
+@one_line_errors()
 def validate(config: MeasureConfig) -> None:
     """Check the settings as a whole; that the run is there is `rerun.find`'s to see.
 

@@ -9,6 +9,7 @@ from typing import Sequence
 
 from hvdnoise.training.config import ConfigError, TrainConfig
 from hvdnoise.training.datasets import DATASETS
+from hvdnoise.training.errors import one_line_errors
 from hvdnoise.training.options import parse
 from hvdnoise.training.validation import require, validate
 
@@ -63,6 +64,7 @@ PlanConfig.__doc__ = f"{PlanConfig.__doc__}" + (TrainConfig.__doc__ or "").split
 _OWN = {each.name for each in fields(PlanConfig)} - {each.name for each in fields(TrainConfig)}
 
 
+@one_line_errors()
 def read(arguments: Sequence[str]) -> tuple[PlanConfig, list[str]]:
     """The settings, and those of the arguments that `hvdnoise train` is to be given.
 

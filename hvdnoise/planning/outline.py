@@ -10,7 +10,7 @@ from hvdnoise.noise.base import MeanObservingNoise, Noise, WeightNoise, part, pa
 from hvdnoise.planning.config import PlanConfig
 from hvdnoise.plans import Choice, choose
 from hvdnoise.training import models
-from hvdnoise.training.errors import ConfigError, DataError
+from hvdnoise.training.errors import ConfigError, DataError, one_line_errors
 from hvdnoise.training.optim import peak_rate, rate
 from hvdnoise.training.sampler import steps_per_epoch
 
@@ -55,21 +55,13 @@ class Outline:
         return self.workers * self.worker_batch
 
 
+@one_line_errors()
 def outline(config: PlanConfig) -> Outline:
     """The run that `hvdnoise train` will make of these settings, which `read` has checked.
 
     Raises:
         ConfigError: where they do not fit the data, or each other.
     """
-    try:
-        return _outline(config)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
-
-
-def _outline(config: PlanConfig) -> Outline:
     ranks, batch = config.ranks, config.worker_batch(config.ranks)
     workers = config.workers(ranks)
     examples, classes, image_shape = facts(config)

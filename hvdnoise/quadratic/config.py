@@ -12,6 +12,7 @@ from hvdnoise.quadratic.cases import Case, known
 from hvdnoise.quadratic.problem import Problem
 from hvdnoise.quadratic.theory import growth
 from hvdnoise.training.config import ConfigError
+from hvdnoise.training.errors import one_line_errors
 from hvdnoise.training.validation import require, require_folder
 
 WORKERS = 8
@@ -73,6 +74,7 @@ class QuadraticConfig:
 FREE = ("threads", "progress", "out", "overwrite")
 
 
+@one_line_errors()
 def validate(config: QuadraticConfig, ranks: int) -> list[Case]:
     """Check the settings as a whole; the cases to run.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvdnoise.training.errors import one_line_errors
 from hvdnoise.training.validation import require
 
 PAGE = "index.html"
@@ -46,6 +47,7 @@ def is_report(folder: Path) -> bool:
         return MARK in file.read(2000)
 
 
+@one_line_errors()
 def validate(config: ReportConfig) -> None:
     """Check what can be without reading the records.
 

@@ -154,7 +154,7 @@ def notices(run: Run) -> list[str]:
 def _summary(run: Run) -> Table:
     facts: dict[str, Any] = {"outcome": run.outcome, "progress": progress(run)}
     for name, value in run.summary.items():
-        if name not in ("outcome", "reason") and value is not None:
+        if name not in ("outcome", "reason", "starts") and value is not None:
             percent = name.endswith("_accuracy") and math.isfinite(number(value))
             facts[name.replace("_", " ")] = f"{value:.2%}" if percent else value
     return facts_table("Summary", facts)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Sequence
 
+from hvdnoise.training.arguments import several_noises
 from hvdnoise.training.config import ConfigError, flat
-from hvdnoise.training.options import parse, reader, several_noises
+from hvdnoise.training.errors import one_line_errors
+from hvdnoise.training.options import parse, reader
 from hvdnoise.training.validation import require
 
 PROGRAM = "hvdnoise study"
@@ -116,6 +118,7 @@ class StudyConfig:
 OF_A_COMMAND = ("dry_run", "seconds_per_run", "progress")
 
 
+@one_line_errors()
 def parse_study(arguments: Sequence[str]) -> StudyConfig:
     """The settings from ``FILE.yaml --FLAG VALUE ...``.
 

@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import IO, Callable, Sequence
 
 from hvdnoise.planning import lines
 from hvdnoise.planning.config import PlanConfig
@@ -135,10 +135,20 @@ def start(words: Sequence[str], *, run_folder: Path, log: Path, env: dict[str, s
     with log.open("ab") as output:
         output.write(f"{MARK}{shlex.join(words)}\n".encode())
         output.flush()
-        process = subprocess.Popen([*_GUARD, str(run_folder), *words], stdin=subprocess.PIPE,
-                                   stdout=output, stderr=output, env=env, pass_fds=(lock,),
-                                   start_new_session=True)
-    return Started(process)
+        return start_guarded(words, run_folder=run_folder, env=env, output=output, keep=(lock,))
+
+
+def start_guarded(words: Sequence[str], *, run_folder: Path, env: dict[str, str],
+                  output: IO[bytes] | None = None, keep: Sequence[int] = ()) -> Started:
+    """Start a run under its guard.
+
+    Args:
+        output: where it writes; default: where this process does.
+        keep: descriptors that the guard inherits.
+    """
+    return Started(subprocess.Popen(
+        [*_GUARD, str(run_folder), *words], stdin=subprocess.PIPE, stdout=output, stderr=output,
+        env=env, pass_fds=keep, start_new_session=True))
 
 
 def wait_all(started: Sequence[Started], impatient: Callable[[], bool]) -> None:

@@ -17,8 +17,10 @@ from hvdnoise.study.config import (
 )
 from hvdnoise.study.search import Axis, Point
 from hvdnoise.training import plugins
+from hvdnoise.training.arguments import several_noises
 from hvdnoise.training.config import ConfigError, TrainConfig, changes, flat, flatten
-from hvdnoise.training.options import reader, several_noises
+from hvdnoise.training.errors import one_line_errors
+from hvdnoise.training.options import reader
 from hvdnoise.training.validation import require, validate
 
 
@@ -123,6 +125,7 @@ class Plan:
         return len(self.trials()) + len(self.cells) * len(self.config.final_seeds)
 
 
+@one_line_errors()
 def make(config: StudyConfig) -> Plan:
     """Every run, its settings checked as `hvdnoise train` would on the ranks of the study.
 

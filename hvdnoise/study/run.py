@@ -12,8 +12,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Sequence
 
-import yaml
-
 from hvdnoise import comm
 from hvdnoise.study import launch, results, words
 from hvdnoise.study.config import OF_A_COMMAND, PROGRAM, StudyConfig, check, parse_study
@@ -21,6 +19,7 @@ from hvdnoise.study.launch import Started
 from hvdnoise.study.lock import only_one
 from hvdnoise.study.plan import Plan, Run, check_same, make
 from hvdnoise.study.runs import State, last_words, make_ready
+from hvdnoise.training import yamlfile
 from hvdnoise.training.config import ConfigError, nested
 from hvdnoise.training.options import from_file
 from hvdnoise.training.preemption import EXIT_PREEMPTED
@@ -83,7 +82,7 @@ def _describe(config: StudyConfig) -> None:
     """Write study.yaml and environment.json."""
     folder = config.folder
     values = {key: value for key, value in nested(config).items() if key not in OF_A_COMMAND}
-    write_text(folder / FILE, yaml.safe_dump(values, sort_keys=False))
+    write_text(folder / FILE, yamlfile.dump(values))
     path = folder / "environment.json"
     if not path.is_file():
         facts = environment([socket.gethostname()], comm.environment())

@@ -7,9 +7,13 @@ Importing this module does not import torchvision, so that a wrong setting is re
 
 from __future__ import annotations
 
+import math
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from hvdnoise.training.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -200,6 +204,12 @@ class _Synthetic(ArrayRecord):
     """Images that are drawn; their number, classes and size are settings."""
 
     def count(self, config: DataConfig) -> tuple[int, int]:
+        needed = config.num_examples * math.prod(self.shape(config))
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > memory:
+            raise DataError(f"data.num_examples={config.num_examples} images take {needed >> 20} "
+                            f"MiB, and this machine has {memory >> 20}: give fewer, or a smaller "
+                            "data.image_size")
         return config.num_examples, config.num_classes
 
     def arrays(self, config: DataConfig, seed: int, part: str) -> Arrays:

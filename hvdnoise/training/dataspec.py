@@ -92,6 +92,12 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise DataError(f"data.{name}={value} is too small: give {least} or more")
+        largest = {"loader_workers": 1024, "image_size": 1 << 14, "num_classes": 1_000_000,
+                   "repeat": 1_000_000}
+        for name, most in largest.items():
+            value = getattr(self, name)
+            if value is not None and value > most:
+                raise DataError(f"data.{name}={value} is too large: give {most} or less")
         if not 0 <= self.label_noise < 1:
             raise DataError(f"data.label_noise={self.label_noise} is wrong: give 0 <= share < 1")
         if self.image_size is not None and not self.record.sizable:

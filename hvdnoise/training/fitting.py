@@ -46,6 +46,8 @@ def check_facts(shared: Any) -> None:
     for name in ("model", "optimizer", "scaler", "counters", "config", "versions"):
         _require(isinstance(shared.get(name), dict), name)
     _require(isinstance(shared.get("data"), (dict, type(None))), "data")
+    starts = shared.get("starts", [])
+    _require(isinstance(starts, list) and all(isinstance(each, dict) for each in starts), "starts")
     for name in ("steps_per_epoch", "examples_per_step"):
         _require(type(shared.get(name)) is int and shared[name] > 0, name)
     for name in ("virtual_workers", "epochs"):

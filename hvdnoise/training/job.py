@@ -34,6 +34,7 @@ from hvdnoise.training.guard import Guard
 from hvdnoise.training.heartbeat import FolderLock
 from hvdnoise.training.meter import Batches
 from hvdnoise.training.optim import build_optimizer, build_schedule
+from hvdnoise.training.origin import Start, facts, starts_with
 from hvdnoise.training.records import versions
 from hvdnoise.training.sampler import WorkerSampler
 
@@ -73,6 +74,7 @@ class Job:
     total_steps: int
     counters: Counters = field(default_factory=Counters)
     virtual_workers_asked: int | None = None  # the setting, before `resize` adjusted it
+    starts: list[Start] = field(default_factory=list)  # of the run; this one is the last
     best: State | None = None  # with validation: the best weights, on the CPU, equal on all ranks
     digests: dict[str, str] = field(default_factory=dict)  # of the data, once ranks agree on them
     lock: FolderLock | None = None  # rank 0's, of the run folder
@@ -118,7 +120,7 @@ class Job:
                 "ema": None if self.ema is None else
                 {**self.ema.state_dict(), **mean_buffers(self.ema, self.world)},
                 "optimizer": optimizer, "scaler": self.scaler.state_dict(),
-                "best": self.best, "counters": asdict(self.counters),
+                "best": self.best, "starts": self.starts, "counters": asdict(self.counters),
                 "config": flatten(self.config), "data": self.digests,
                 resize.ASKED: self.virtual_workers_asked,
                 "steps_per_epoch": self.sampler.steps_per_epoch,
@@ -148,6 +150,7 @@ class Job:
         self.scaler.load_state_dict(shared["scaler"])
         self.counters = Counters(**shared["counters"])
         self.best = shared.get("best")
+        self.starts = shared.get("starts", [])  # older checkpoints have none
         if own is None:
             self.counters.step = self._step_of_examples(shared)
         else:
@@ -162,6 +165,14 @@ class Job:
         seen = -(-step // repeat) * shared["examples_per_step"]
         return epoch * self.sampler.steps_per_epoch + min(-(-seen // batch) * repeat,
                                                           self.sampler.steps_per_epoch)
+
+    def start(self) -> None:
+        """Take down that the run begins, or goes on, here and now."""
+        config = self.config
+        self.starts = starts_with(self.starts, {
+            "step": self.counters.step, "ranks": self.world.size,
+            "virtual_workers": config.virtual_workers, "epochs": config.epochs,
+            **facts(self.world.transport, versions())})
 
     def set_learning_rate(self) -> float:
         """Give every parameter group the rate of the step to come, which depends on the position

@@ -73,6 +73,7 @@ def _run(job: Job, folder: Path, preemption: Preemption) -> int:
         align(job)
     else:
         restore(job, source)
+    job.start()
     open_folder(config, world, folder, {"data": job.digests})
     at = job.counters
     if source is not None:

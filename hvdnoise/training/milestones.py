@@ -171,7 +171,7 @@ def finish(job: Job, folder: Path, records: Records, scores: Scores) -> None:
     summary = {"outcome": "finished", **best, **scores, "best_step": at.best_step,
                **digests, "files_sha256": files, **_facts(job),
                "gradient_evaluations": at.gradient_evaluations,
-               "exchange_bytes": round(at.exchange_bytes)}
+               "exchange_bytes": round(at.exchange_bytes), "starts": job.starts}
     _write_facts(job, folder / "summary.json", summary)
     log.info("test accuracy %.4f (best %.4f) after %d steps and %.0f s; everything is in %s",
              scores["test_accuracy"], summary["best_test_accuracy"], at.step, at.seconds, folder)

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import difflib
 import io
-import json
 import re
 import typing
 from argparse import ArgumentError
@@ -20,10 +19,18 @@ from types import SimpleNamespace
 from typing import Any, Callable, Iterator, Sequence, TypeVar
 
 import jsonargparse
-import yaml
 
-from hvdnoise.training import plugins
+from hvdnoise.training import plugins, yamlfile
+from hvdnoise.training.arguments import (
+    ConfigFile,
+    check_values,
+    plugins_of,
+    several_noises,
+    with_lists,
+)
 from hvdnoise.training.config import ConfigError, flatten
+from hvdnoise.training.errors import REFUSALS, one_line
+from hvdnoise.training.values import check_value
 
 T = TypeVar("T")
 
@@ -37,8 +44,9 @@ def parse(kind: type[T], arguments: Sequence[str], *, program: str, positional: 
     Raises:
         ConfigError: for anything that is no right setting by itself.
     """
-    arguments = _with_several_noises(_with_lists(arguments))
-    plugins.load(_plugins(kind, arguments))
+    arguments = with_lists(arguments)
+    check_values(arguments)
+    plugins.load(plugins_of(kind, arguments))
     with _one_line_errors(kind):
         arguments = _with_values(kind, arguments)
         first = _schema(kind)
@@ -60,14 +68,7 @@ def from_file(kind: type[T], path: Path, *, program: str, without: Sequence[str]
     Raises:
         ConfigError: for a file that holds no such settings.
     """
-    with _one_line_errors(kind):
-        try:
-            values = yaml.safe_load(path.read_text())
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds no settings")
-    values = several_noises(values)
+    values = several_noises(yamlfile.read(path)[1])
     return reader(kind, program=program)(
         {key: value for key, value in values.items() if key not in without})
 
@@ -97,8 +98,8 @@ def _parser(kind: type, schema: type, program: str, positional: str = ""
             ) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(prog=program, description=_description(kind),
                                          exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file of settings; flags after it "
-                        "override it")
+    parser.add_argument("--config", action=ConfigFile, help="YAML file of settings; flags after "
+                        "it override it")
     if positional:
         several = typing.get_origin(typing.get_type_hints(kind)[positional]) is tuple
         parser.add_argument(positional, help=f"the {positional}", nargs="+" if several else None)
@@ -114,7 +115,7 @@ def _one_line_errors(kind: type) -> Iterator[None]:
             yield
     except ConfigError:
         raise
-    except (ArgumentError, ValueError, TypeError) as error:
+    except (ArgumentError, TypeError, *REFUSALS) as error:
         raise ConfigError(_one_line(error, kind)) from error
 
 
@@ -152,65 +153,6 @@ def _with_values(kind: type, arguments: Sequence[str]) -> list[str]:
     return full
 
 
-def _with_lists(arguments: Sequence[str]) -> list[str]:
-    """``--plugins a,b`` and ``--plugins=a,b`` mean ``--plugins '["a", "b"]'``."""
-    full: list[str] = []
-    for argument in arguments:
-        if argument.startswith("--plugins="):
-            flag, _, argument = argument.partition("=")
-            full.append(flag)
-        if full and full[-1] == "--plugins" and not argument.startswith(("[", "--")):
-            argument = json.dumps([each.strip() for each in argument.split(",")])
-        full.append(argument)
-    return full
-
-
-def _with_several_noises(arguments: Sequence[str]) -> list[str]:
-    """A file whose noise is a list is given as its text, in the form that the settings have."""
-    full: list[str] = []
-    for argument in arguments:
-        flag, given, value = argument.partition("=")
-        if full and full[-1] == "--config" or given and flag == "--config":
-            values = None
-            with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
-                values = yaml.safe_load(Path(value if given else argument).read_text())
-            if isinstance(values, dict) and isinstance(values.get("noise"), list):
-                text = yaml.safe_dump(several_noises(values))
-                argument = f"{flag}={text}" if given else text
-        full.append(argument)
-    return full
-
-
-def several_noises(values: dict[str, Any]) -> dict[str, Any]:
-    """``noise: [a, b]`` means ``noise: {..a, also: [b]}``."""
-    noises = values.get("noise")
-    if not isinstance(noises, list):
-        return values
-    if not all(isinstance(each, dict) for each in noises):
-        raise ConfigError(f"noise={noises} is wrong: give a list of groups such as "
-                          "{kind: gnc, radius: 0.1}")
-    first, *rest = noises or [{}]
-    return {**values, "noise": {**first, "also": rest} if rest else first}
-
-
-def _plugins(kind: type, arguments: Sequence[str]) -> list[str]:
-    """The plugins that the arguments name; what is wrong with them otherwise is found later."""
-    found: Any = None
-    if "plugins" not in typing.get_type_hints(kind):
-        return []
-    for argument, following in zip(arguments, [*arguments[1:], ""]):
-        flag, given, value = argument.partition("=")
-        value = value if given else following
-        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
-            if flag == "--plugins":
-                found = yaml.safe_load(value)
-            elif flag == "--config":
-                inside = yaml.safe_load(Path(value).read_text() if Path(value).is_file() else value)
-                found = inside.get("plugins", found) if isinstance(inside, dict) else found
-    right = isinstance(found, list) and all(isinstance(each, str) for each in found)
-    return found if right else []
-
-
 def _bools(kind: type, prefix: str = "") -> set[str]:
     names: set[str] = set()
     for name, annotation in typing.get_type_hints(kind).items():
@@ -221,18 +163,30 @@ def _bools(kind: type, prefix: str = "") -> set[str]:
     return names
 
 
-def _build(kind: type[T], values: Any) -> T:
+def _build(kind: type[T], values: Any, prefix: str = "") -> T:
     """The dataclass from parsed values, group by group."""
     if hasattr(kind, "schema"):
-        return kind(**vars(values))
-    hints = typing.get_type_hints(kind)
-    return kind(**{each.name: _build(hints[each.name], values[each.name])
-                   if dataclasses.is_dataclass(hints[each.name]) else values[each.name]
-                   for each in dataclasses.fields(typing.cast(Any, kind))})
+        given = dict(vars(values))
+    else:
+        hints = typing.get_type_hints(kind)
+        given = {each.name: _checked(prefix + each.name, hints[each.name], values[each.name])
+                 for each in dataclasses.fields(typing.cast(Any, kind))}
+    for name, value in given.items():
+        check_value(prefix + name, value)
+    return kind(**given)
+
+
+def _checked(name: str, hint: Any, value: Any) -> Any:
+    """A group, or a value that may be null only where the type says so."""
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, f"{name}.")
+    if value is None and hint is not Any and type(None) not in typing.get_args(hint):
+        raise ConfigError(f"{name}=null is wrong: give a value, or leave it out")
+    return value
 
 
 def _one_line(error: Exception, kind: type) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(error)
     help_ = "see --help"
     if found := re.search(r"[Uu]nrecognized arguments?: (.*)", text):
         return f"unknown {found[1]}: {_nearest(found[1], kind)}"

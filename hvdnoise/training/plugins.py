@@ -37,7 +37,7 @@ def load(plugins: Iterable[str]) -> None:
                 text += "; a file's name ends with .py"
             raise ConfigError(f"plugins: {plugin} cannot be imported: {type(error).__name__}: "
                               f"{text}{_place(error, plugin)}") from error
-        source = Path(module.__file__ or "")
+        source = Path(getattr(module, "__file__", None) or "")  # built in: none
         if source.is_file():
             _digests[plugin] = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
 

@@ -28,12 +28,20 @@ EXIT_INTERRUPTED = 130
 SPEAK_AFTER_SECONDS = 5.0
 _LONGEST_CAUSE = 400  # characters
 _LONGEST_END_SECONDS = 20.0  # of a rank that fails, whatever its terminal or file system does
+MOST_THREADS = 1024
+MOST_CHARACTERS = 1000  # of a line that says what is wrong: a value may be any long
 
 
 def set_threads(threads: int | None, local_size: int) -> None:
-    """Give this rank its share of the cores, unless OMP_NUM_THREADS or ``threads`` say."""
+    """Give this rank its share of the cores, unless OMP_NUM_THREADS or ``threads`` say.
+
+    Raises:
+        ConfigError: for a number of threads that no machine has.
+    """
     if threads is None and os.environ.get("OMP_NUM_THREADS"):
         return
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise ConfigError(f"threads={threads} is wrong: give 1 to {MOST_THREADS}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(threads or max(1, (cores or 1) // local_size))
 
@@ -117,7 +125,11 @@ def said_all() -> int:
 
 def _say(message: str) -> None:
     sys.stdout.flush()
-    print("hvdnoise: error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    message = " ".join(message.split())
+    if len(message) > MOST_CHARACTERS:  # its end has the remedy
+        half = MOST_CHARACTERS // 2
+        message = f"{message[:half]} ... {message[-half:]}"
+    print(f"hvdnoise: error: {message}", file=sys.stderr, flush=True)
 
 
 def crash(error: BaseException, rank: int) -> NoReturn:

@@ -1,7 +1,7 @@
 """What a run leaves behind, and what it says while it runs.
 
     RUN/config.yaml          the settings, as `hvdnoise train --config` takes them
-    RUN/environment.json     versions, ranks, hosts
+    RUN/environment.json     versions, ranks, hosts, and what else bits depend on
     RUN/metrics.jsonl        one JSON object a line, "kind": "train" (every log interval),
                              "validation" (every eval_every epochs, where there are such images),
                              "test" (at the end alone where there are, else every eval_every
@@ -19,6 +19,7 @@
     RUN/lock-N.json          who trains in the folder now (`hvdnoise.training.folder_lock`)
     RUN/measure/             what `hvdnoise measure` found of the weights; see docs/measure.md
     RUN/report/              the page of `hvdnoise report`; see docs/report.md
+    RUN/reproduced/          the run once more, by `hvdnoise reproduce`
 
 Rank 0 writes all but the logs. A record that cannot be written (a full disk) is warned of once,
 and training goes on: it is the checkpoints that must not fail silently.
@@ -46,13 +47,14 @@ import torch
 from torch import Tensor
 
 from hvdnoise import watchdog
-from hvdnoise.training import folder_lock, plugins
+from hvdnoise.training import folder_lock, origin, plugins
 from hvdnoise.training.progress import log
 
 STEP_FILE = "step"
 _OF_A_RUN = ("environment.json", "metrics.jsonl", "preempted.json", "summary.json", "weights.pt",
              "weights-best.pt", "weights-ema.pt", "checkpoints", "logs", "measure", "report",
-             "tensorboard", STEP_FILE, "config.yaml")  # the last tells that there is a run
+             "reproduced", "tensorboard", STEP_FILE,
+             "config.yaml")  # tells that there is a run, so it goes last
 
 
 def is_run(folder: Path) -> bool:
@@ -113,14 +115,14 @@ def code_digest() -> str:
     return total.hexdigest()[:16]
 
 
-def environment(hosts: list[str], launcher: dict[str, int]) -> dict[str, Any]:
+def environment(hosts: list[str], launcher: dict[str, int], transport: str | None = None
+                ) -> dict[str, Any]:
     """What environment.json says."""
-    return {"versions": versions(), "mpi": first_line("mpirun", "--version"),
+    return {**origin.facts(transport, versions()), "mpi": first_line("mpirun", "--version"),
             "git": first_line("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
             "image": image(), "platform": platform.platform(),
-            "command": sys.argv, "hosts": hosts, "ranks": len(hosts),
-            "local_size": launcher["local_size"], "threads": torch.get_num_threads(),
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
+            "command": sys.argv, "folder": os.getcwd(), "hosts": hosts, "ranks": len(hosts),
+            "local_size": launcher["local_size"]}
 
 
 def image() -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ import torch
 from hvdnoise.comm import World
 from hvdnoise.training import checkpoint, data, models
 from hvdnoise.training.config import ConfigError, TrainConfig
+from hvdnoise.training.errors import one_line_errors
 from hvdnoise.training.evaluate import evaluate
 from hvdnoise.training.options import from_file
 from hvdnoise.training.progress import log
@@ -18,6 +19,7 @@ from hvdnoise.training.runfolder import call_or_raise
 from hvdnoise.training.weights import FILES, read
 
 
+@one_line_errors()
 def find(run: str, which: str, data_root: str | None) -> tuple[TrainConfig, Path]:
     """The settings of a run, but its noise, and the file of the weights asked for.
 

@@ -13,12 +13,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
-import yaml
 from torch import nn
 
 from hvdnoise import comm
 from hvdnoise.comm import World
-from hvdnoise.training import heartbeat, records
+from hvdnoise.training import heartbeat, records, yamlfile
 from hvdnoise.training.config import ConfigError, TrainConfig, identity, nested
 from hvdnoise.training.heartbeat import FolderLock
 from hvdnoise.training.together import call_or_raise
@@ -64,9 +63,8 @@ def open_folder(config: TrainConfig, world: World, folder: Path, facts: dict[str
         if config.overwrite and records.is_run(folder):
             records.clear(folder)
         # the settings first: a folder without them holds no run, and is refused if not empty
-        text = yaml.safe_dump(nested(config), sort_keys=False)
-        records.write_text(folder / "config.yaml", text)
-        found = {**records.environment(hosts, comm.environment()), **facts}
+        records.write_text(folder / "config.yaml", yamlfile.dump(nested(config)))
+        found = {**records.environment(hosts, comm.environment(), world.transport), **facts}
         records.write_text(folder / "environment.json", json.dumps(found, indent=1))
         for name in ("preempted.json", "summary.json"):
             (folder / name).unlink(missing_ok=True)

@@ -10,6 +10,11 @@ from hvdnoise.exchange_plan import Shape
 from hvdnoise.noise.base import LayerNoise, WeightNoise, part
 from hvdnoise.plans import choose
 from hvdnoise.training.config import ConfigError, TrainConfig
+from hvdnoise.training.errors import one_line_errors
+from hvdnoise.training.process import MOST_THREADS
+
+MOST_EPOCHS = 1e9
+MOST_WORKERS = 1 << 16  # virtual ones, of a rank
 
 
 def validate(config: TrainConfig, size: int) -> None:
@@ -19,12 +24,8 @@ def validate(config: TrainConfig, size: int) -> None:
         ConfigError: one line with the value that is wrong and the remedy.
     """
     for check in (_check_numbers, _check_batch, _check_noise, _check_names, _check_folders):
-        try:
+        with one_line_errors():
             check(config, size)
-        except ConfigError:
-            raise
-        except ValueError as error:
-            raise ConfigError(" ".join(str(error).split())) from error
 
 
 def require(right: bool, name: str, value: Any, remedy: str) -> None:
@@ -54,13 +55,16 @@ def require_device(device: str) -> None:
 
 
 def _check_numbers(config: TrainConfig, size: int) -> None:
-    require(0 < config.epochs < math.inf, "epochs", config.epochs, "give a number above 0")
+    require(0 < config.epochs <= MOST_EPOCHS, "epochs", config.epochs,
+            f"give a number above 0, of at most {MOST_EPOCHS:g}")
+    require(config.virtual_workers <= MOST_WORKERS, "virtual_workers", config.virtual_workers,
+            f"give at most {MOST_WORKERS}")
     for name, least in (("virtual_workers", 1), ("accumulate", 1), ("max_bad_steps", 1),
                         ("log_every", 1), ("spectrum_every", 0), ("eval_every", 0), ("seed", 0)):
         value = getattr(config, name)
         require(value >= least, name, value, f"give {least} or more")
-    require(config.threads is None or config.threads >= 1, "threads", config.threads,
-            "give 1 or more")
+    require(config.threads is None or 1 <= config.threads <= MOST_THREADS, "threads",
+            config.threads, f"give 1 to {MOST_THREADS}")
     require(0 <= config.label_smoothing < 1, "label_smoothing", config.label_smoothing,
             "give 0 <= s < 1")
     require(config.clip_norm is None or 0 < config.clip_norm < math.inf, "clip_norm",

@@ -95,8 +95,8 @@ def test_a_mistake_is_one_line_with_value_and_remedy(flags: list[str], expected:
     ("optim: {larning_rate: 1}", "unknown setting 'optim.larning_rate'"),
     ("epoch: 3", "unknown setting 'epoch': did you mean epochs"),
     ("optim: {lr: fast}", "optim.lr"),
-    ("- 1", "Unexpected config"),
-    ("epochs: [", "Problems parsing config"),
+    ("- 1", "holds no settings"),
+    ("epochs: [", "is no YAML"),
 ])
 def test_a_mistake_in_the_file(tmp_path: Path, text: str, expected: str) -> None:
     path = tmp_path / "bad.yaml"
