@@ -1,7 +1,7 @@
 """Having a run folder for as long as a run lasts; see `hvdnoise.training.folder_lock`.
 
 Rank 0 has the lock. Its heartbeat is a daemon thread, which also looks whether the lock is still
-there. When it is not, the run is asked to stop, and at the next step boundary `FolderLock.check`
+there. When it is not, the run is asked to stop, and at the next step boundary `check`
 raises on all ranks. A run that has not stopped after `GRACE_SECONDS`, because its main thread waits
 for something, is ended by the thread.
 """
