@@ -35,7 +35,7 @@ CONFIGS = {
     "binary": bytes(range(256)), "zeros": b"\0" * 500, "cut": b"data:\n  dataset: [synthetic",
     "nested flow": b"a: " + b"[" * 100_000, "nested block": b"".join(
         b" " * n + b"a:\n" for n in range(1000)),
-    "bomb": BOMB.encode(), "alias": b"a: &x 1\nb: *x\n", "recursive": b"a: &x [*x]\n",
+    "bomb": BOMB.encode(), "recursive": b"a: &x [*x]\n",
     "python": b"epochs: !!python/object/apply:os.mkdir ['{folder}/owned']\n",
     "python name": b"epochs: !!python/name:os.system\n", "tag": b"epochs: !thing 1\n",
     "digits": b"epochs: " + b"9" * 5000, "keys": b"{1: 2, [3]: 4}\n", "number keys": b"1: 2\n",
