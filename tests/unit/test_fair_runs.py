@@ -168,7 +168,8 @@ def test_a_diverged_run_says_so_and_can_be_resumed(tmp_path: Path, monkeypatch: 
     assert summary["outcome"] == "diverged" and summary["steps"] == 5
     assert "3 steps in a row, the last at step 5" in summary["reason"]
     assert set(summary) == {"outcome", "steps", "epochs", "seconds", "reason", "ranks", "workers",
-                            "worker_batch", "global_batch", "noise", "config_sha256"}
+                            "worker_batch", "global_batch", "noise", "config_sha256", "bad_steps",
+                            "last_bad_step", "bad_workers"}
     assert train(tmp_path, *flags, "--resume", "auto")["outcome"] == "finished"
 
 

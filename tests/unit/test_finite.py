@@ -247,7 +247,8 @@ OTHERS = {"truncated": "damaged, or no file", "empty": "damaged, or no file",
           "text": "damaged, or no file", "pickle": "damaged, or no file",
           "pickle in a zip": "cannot be read", "another zip": "cannot be read",
           "list": "holds no weights by name", "numbers": "holds no weights by name",
-          "another network's": "does not fit the model", "not finite": "1.bias is not finite",
+          "another network's": "does not fit the model",
+          "not finite": "holds 1.bias, which is not finite",
           "another run's": ""}
 
 
