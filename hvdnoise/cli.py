@@ -123,7 +123,7 @@ def _train(arguments: Sequence[str], launched: dict[str, int]) -> int:
     process.set_threads(config.threads, launched["local_size"])
     process.be_deterministic()
     return _in_world(launched, agreement.settings(config), lambda world: loop.run(
-        config, world, process.pick_device(config.device, world), preemption,
+        config, world, process.pick_device(config.device, world), preemption.listen(),
         virtual_workers_asked=asked),
         group_size=config.group_size(launched["local_size"]))
 
