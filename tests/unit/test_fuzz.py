@@ -8,11 +8,13 @@ from __future__ import annotations
 import itertools
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hvdnoise.training import yamlfile
 from hvdnoise.training.config import ConfigError, NoiseConfig
+from hvdnoise.training.values import check_value
 from tests import fuzz
 from tests.fuzz import BOMB, DOCUMENTS, FILE, MERGES, TOKENS, Case
 
@@ -135,3 +137,23 @@ def test_a_noise_in_a_list_has_numbers(place: Path) -> None:
     from hvdnoise.training.options import parse
     found = parse(TrainConfig, ["--config", str(place / FILE)], program="x").noise
     assert found == NoiseConfig("gnc", radius=1e-3, also=[{"kind": "pnm", "beta": 0.1}])
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1 << 63, -(1 << 63), "\udcff", [1, [float("nan")]],
+                                   {"\ud800": 1}, {"a": {"b": 1 << 70}}])
+def test_what_no_setting_can_be(value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_value("data.it", value)
+    assert str(caught.value).startswith("data.it")
+    check_value("data.it", [1, -1.5, float("inf"), (1 << 63) - 1, "é", None, True, {"a": [{}]}])
+
+
+@pytest.mark.parametrize("arguments", [
+    ["eval"], ["measure"], ["report"], ["reproduce"], ["study"], ["train", "--run_dir"],
+    ["train", "--resume"], ["bench", "--out"], ["quadratic", "--out"], ["eval", "--checkpoint"],
+    ["plan", "--config"], ["measure", "a-run", "--out"]])
+@pytest.mark.parametrize("name", ["x" * 300, "loop", "/proc/1/fd/x"])
+def test_a_path_that_the_system_refuses(place: Path, arguments: list[str], name: str) -> None:
+    code, said = fuzz.run(Case([*arguments, name], b""), place)
+    assert len(said.splitlines()) == (1 if code else 0) and code in (0, 2), said
+    assert len(name) < 300 or code == 2
