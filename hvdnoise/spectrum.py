@@ -19,6 +19,7 @@ Formulas: derived for this project.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -114,7 +115,9 @@ def _spectrum(sums: Tensor, W: int, b: float, square: float,
               observation: PendingObservation) -> Spectrum:
     factor = b / (W - 1)
     gram_WW, along_W = sums[:W * W].view(W, W) * factor, sums[W * W:]
-    values = torch.linalg.eigvalsh(gram_WW).flip(0).clamp(min=0).tolist()
+    values = [math.nan] * W
+    if bool(gram_WW.isfinite().all()):  # else some LAPACKs raise
+        values = torch.linalg.eigvalsh(gram_WW).flip(0).clamp(min=0).tolist()
     trace = float(gram_WW.trace())
     names = [name for bucket in observation.layout.buckets for name in bucket.names]
     squares = torch.cat([observation.statistics[bucket.index]

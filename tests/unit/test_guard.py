@@ -33,7 +33,8 @@ COVARIANCE = ["--noise.kind", "covariance", "--noise.emulated_batch", "2", "--no
 RADIUS = ["--noise.radius", "0.05"]
 KINDS = {
     "none": [], "adamw": ["--optim.name", "adamw"], "lamb": ["--optim.name", "lamb"],
-    "gnc": GNC, "gnc of lr": ["--noise.kind", "gnc", "--noise.lr", "1"],
+    "spectrum": ["--spectrum_every", "1"], "gnc": GNC,
+    "gnc of lr": ["--noise.kind", "gnc", "--noise.lr", "1"],
     "gnc lag 0": [*GNC, "--noise.lag", "0"], "gnc lag 2": [*GNC, "--noise.lag", "2"],
     "gathered": [*GNC, "--noise.source", "gathered", "--accumulate", "2"],
     "gathered lag 2": [*GNC, "--noise.source", "gathered", "--noise.lag", "2"],
