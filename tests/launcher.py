@@ -118,8 +118,13 @@ def _collect(ended: Ended, stem: Path, rank: int) -> None:
 
 
 def run_command(np: int, command: Sequence[str], *, launcher: str = "gloo", timeout: float = 120,
-                env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> Ended:
-    """Run ``command`` on ``np`` ranks, and see to it that nothing of it is left."""
+                env: Mapping[str, str] | None = None, cwd: Path = ROOT,
+                grace: float = LEFTOVER_SECONDS) -> Ended:
+    """Run ``command`` on ``np`` ranks, and see to it that nothing of it is left.
+
+    Args:
+        grace: seconds that processes have to be gone in once the launcher has ended.
+    """
     if launcher == "none" and np != 1:
         raise ValueError(f"np={np}: without a launcher there is one rank")
     prefix = [*LAUNCHERS[launcher], "-np", str(np)] if launcher != "none" else []
@@ -136,7 +141,7 @@ def run_command(np: int, command: Sequence[str], *, launcher: str = "gloo", time
             pass
         finally:  # also when pytest itself is interrupted
             ended_after = time.monotonic() - started
-            leftovers = _end_all(mark, LEFTOVER_SECONDS if exit_code is not None else 0.0)
+            leftovers = _end_all(mark, grace if exit_code is not None else 0.0)
             process.wait(10)
         output.seek(0)
         text = output.read().decode(errors="replace")
