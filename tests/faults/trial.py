@@ -211,7 +211,7 @@ class Campaign:
         if not config.exists():
             config.write_text(settings(trial.noise))
         arguments = ["--config", str(config), "--run_dir", str(run), "--resume", "auto"]
-        limits = {"HVDNOISE_TIMEOUT": str(STEP_LIMIT), "HVDNOISE_START_TIMEOUT": str(START_LIMIT),
+        limits = {"HVDNOISE_TIMEOUT": str(STEP_LIMIT), "HVDNOISE_TIMEOUT_START": str(START_LIMIT),
                   "PYTHONPATH": str(ROOT)}
         command, launcher = [HVDNOISE, "train", *arguments], trial.launcher
         if wrong:
