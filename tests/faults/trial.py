@@ -21,7 +21,8 @@ from tests.launcher import ROOT, Ended, run_command
 PLUGIN = str(Path(__file__).with_name("plugin.py"))
 STEPS = {2: 24, 3: 16}  # of a run, by its ranks
 EVERY = 5  # steps between two checkpoints
-STEP_LIMIT, START_LIMIT = 12, 60  # seconds of the watchdog
+# Seconds of the watchdog.
+LIMITS = {"": 15, "_START": 60, "_EVALUATION": 20, "_CHECKPOINT": 20}
 GONE_WITHIN = 30.0  # seconds, after the launcher has ended
 TRIAL_LIMIT = 240.0
 LAST_LINES = 15
@@ -29,8 +30,8 @@ LAUNCHERS = ("gloo", "mpirun", "horovodrun.sh", "mpirun.sh")
 NOISES = {
     "none": "{kind: none}", "own": "{kind: gnc, radius: 0.05}",
     "gathered": "{kind: gnc, radius: 0.05, source: gathered, lag: 2}",
-    "covariance": "{kind: covariance}", "sam": "{kind: sam, radius: 0.05}",
-    "isotropic": "{kind: isotropic, radius: 0.05}"}
+    "covariance": "{kind: covariance, emulated_batch: 8}", "sam": "{kind: sam, radius: 0.05}",
+    "white": "{kind: gnc, radius: 0.05, source: isotropic}"}
 
 # What must be seen of a fault.
 FAILS, SAVES, SURVIVES, SKIPS, REFUSED = "fails", "saves", "survives", "skips", "refused"
@@ -119,7 +120,8 @@ def draw(seed: int, number: int) -> Trial:
     rank = dice.randrange(ranks)
     return Trial(number, launcher, ranks, dice.choice(list(NOISES)), kind,
                  dice.choice(spec.moments), rank, dice.randrange(1, STEPS[ranks] - 1),
-                 0 if rank else dice.randrange(4), dice.choice(list(damage.WAYS)) if kind == "damage" else "",
+                 0 if rank else dice.randrange(4),
+                 dice.choice(list(damage.WAYS)) if kind == "damage" else "",
                  dice.choice(_SETTINGS) if kind == "other-setting" else "")
 
 
@@ -211,8 +213,7 @@ class Campaign:
         if not config.exists():
             config.write_text(settings(trial.noise))
         arguments = ["--config", str(config), "--run_dir", str(run), "--resume", "auto"]
-        limits = {"HVDNOISE_TIMEOUT": str(STEP_LIMIT), "HVDNOISE_TIMEOUT_START": str(START_LIMIT),
-                  "PYTHONPATH": str(ROOT)}
+        limits = {f"HVDNOISE_TIMEOUT{phase}": str(limit) for phase, limit in LIMITS.items()}
         command, launcher = [HVDNOISE, "train", *arguments], trial.launcher
         if wrong:
             rank = "${HOROVOD_RANK:-$OMPI_COMM_WORLD_RANK}"
@@ -222,8 +223,9 @@ class Campaign:
             command = [str(ROOT / "launch" / launcher), "-np", str(trial.ranks), "--interface",
                        "lo", "--", *arguments]
         np, launcher = (1, "none") if launcher.endswith(".sh") else (trial.ranks, launcher)
-        return run_command(np, command, launcher=launcher, timeout=TRIAL_LIMIT,
-                           env={**limits, **(env or {})}, grace=GONE_WITHIN)
+        env = {**limits, "PYTHONPATH": str(ROOT), **(env or {})}
+        return run_command(np, command, launcher=launcher, timeout=TRIAL_LIMIT, env=env,
+                           grace=GONE_WITHIN)
 
 
 def settings(noise: str) -> str:
