@@ -31,6 +31,16 @@ def test_paths_in_contributing_exist() -> None:
     assert sorted(path for path in paths if not (ROOT / path).exists()) == []
 
 
+def test_tests_in_reliability_exist() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    named = re.findall(r"`((?:unit|parallel|integration)/\w+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 30
+    for path, name in named:
+        source = ROOT / "tests" / path
+        assert source.is_file(), path
+        assert not name or f"def {name}(" in source.read_text(), f"{path}::{name}"
+
+
 def test_a_reference_that_names_nothing_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     import hvdnoise
     from hvdnoise import plans
