@@ -117,7 +117,7 @@ def _train(arguments: Sequence[str], launched: dict[str, int]) -> int:
     process.set_threads(config.threads, launched["local_size"])
     process.be_deterministic()
     return _in_world(launched, identity(config), lambda world: loop.run(
-        config, world, process.pick_device(config.device, world), preemption),
+        config, world, process.pick_device(config.device, world), preemption.listen()),
         group_size=config.group_size(launched["local_size"]))
 
 

@@ -53,12 +53,18 @@ class Preemption:
         self._pending: Handle | None = None
         read, write = os.pipe()
         os.set_blocking(write, False)
-        for number in _SIGNALS:  # so that Python writes to the pipe
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
-                signal.signal(number, lambda *_: None)
+        self._ignored = {number for number in _SIGNALS  # as SIGHUP under nohup
+                         if signal.getsignal(number) == signal.SIG_IGN}
+        self.listen()
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(read,), name="hvdnoise-sigterm",
                          daemon=True).start()
+
+    def listen(self) -> Preemption:
+        """Take the signals, again after Horovod was imported: that takes SIGHUP over."""
+        for number in _SIGNALS:  # a handler of Python's writes to the pipe
+            signal.signal(number, signal.SIG_IGN if number in self._ignored else lambda *_: None)
+        return self
 
     def _watch(self, pipe: int) -> None:
         while received := os.read(pipe, 64):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import re
 import sys
 import time
 import traceback
@@ -183,5 +184,5 @@ def _cause(error: BaseException) -> str:
     """The exception in one line; of a process that loads data, what was raised there."""
     lines = traceback.format_exception_only(error)[-1].strip().splitlines() or [""]
     text = lines[-1] if any("Original Traceback" in line for line in lines) else " ".join(lines)
-    text = " ".join(text.split())
+    text = re.sub(r"^[\w.]+\.(\w+:)", r"\1", " ".join(text.split()))  # without the module
     return text if len(text) <= _LONGEST_CAUSE else text[:_LONGEST_CAUSE] + "..."

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 PROGRAM = """
-import os, signal, subprocess, sys, time
+import os, signal, sys, time
 from hvdnoise.training.preemption import Preemption
 def wanted(preemption, seconds=10):
     until = time.monotonic() + seconds
@@ -15,10 +15,13 @@ def wanted(preemption, seconds=10):
     return preemption.wanted
 signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
 preemption = Preemption()
+preemption.listen()
 os.kill(os.getpid(), signal.SIGHUP)
 assert not wanted(preemption, 0.5)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 preemption = Preemption()
+import horovod.torch  # takes SIGHUP over
+preemption.listen()
 os.kill(os.getpid(), signal.SIGHUP)
 assert wanted(preemption)
 preemption = Preemption()
