@@ -29,7 +29,7 @@ class Peers:
 
     Args:
         rank: this rank.
-        size: how many there are; `enter_world` corrects it once Horovod runs.
+        size: how many there are.
         position: says where this rank stands: a text, equal on ranks that stand at the same place.
         limit: the shortest time, in seconds, after which a rank may want to know.
     """

@@ -116,9 +116,12 @@ def test_a_reader_that_does_not_read_cannot_stop_the_end(tmp_path: Path) -> None
                     "except BlockingIOError: os.set_blocking(2, True)\n"
                     "dog.enter('step', 7); stand_still()", tmp_path, stderr=write,
                     HVDNOISE_TIMEOUT="1")
-    assert process.wait(60) == 1
-    os.close(read)
-    os.close(write)
+    try:
+        assert process.wait(60) == 1
+    finally:
+        process.kill()
+        os.close(read)
+        os.close(write)
 
 
 def test_loader_processes_end_with_it(tmp_path: Path) -> None:
