@@ -12,15 +12,15 @@ from typing import Literal
 
 Kind = Literal["said", "killed", "launcher", "hosts", "preempted"]
 LONGEST_LINE = 16384  # bytes; what is longer is cut
-_TAG = re.compile(r"^(\[[\d,]+\]<\w+>:)?\s?(.*)$")  # horovodrun's and mpirun's
-_FAILED = re.compile(r"hvdnoise: rank (\d+) failed(?: [^:]*)?: (.*)")
-_ENDED = re.compile(r"hvdnoise: (rank (\d+) (?:waited|ends|was) .*)")
+_TAG = re.compile(r"^(?:\[[\d,]+\]<\w+>:)?\s?(.*)$")  # horovodrun's and mpirun's
+# of a rank's own failure, and of what it has noticed of others
+_FAILED = re.compile(r"hvdnoise: rank (\d+) (?:failed[^:]*: (.*)|((?:stood|was) .*))")
+_NOTICED = re.compile(r"hvdnoise: rank (\d+) ((?:ends|waited)\b[^:]*: (.*))")
 _ERROR = re.compile(r"hvdnoise: error: (.*)")
-_NAMED = re.compile(r"\brank (\d+)")
-_SECOND = re.compile("another rank is gone|other ranks are gone")
+_NAMED = re.compile(r".*?\brank (\d+)")
 _SCRIPT = re.compile(r"^(?:horovodrun|mpirun)\.sh: error: (.*)")
 # of horovodrun with Gloo by horovodrun.sh, and of mpirun
-_CODE = re.compile(r"^horovodrun\.sh: rank (\d+) on (\S+) ended first, with exit code (\d+)")
+_CODE = re.compile(r"^\w+\.sh: rank (\d+) on (\S+) ended first, with exit code (\d+)")
 _SHELL = re.compile(r"^\[(\d+)\]<stderr>:(Killed|Aborted|Segmentation fault)")
 _SIGNAL = re.compile(r"process rank (\d+) with PID \d+ on node (\S+) exited on signal (\d+)")
 LOST = "It was there at the start"
@@ -49,7 +49,6 @@ class Reader:
 
     def __init__(self) -> None:
         self._rest = b""
-        self._tracebacks: dict[str, int] = {}  # by tag: the rank whose traceback is under way
         self._said: Cause | None = None
         self._second: Cause | None = None
         self._seconds: set[int | None] = set()
@@ -68,17 +67,12 @@ class Reader:
 
     def _read(self, line: str) -> None:
         found = _TAG.match(line)
-        tag, text = (found[1] or "", found[2]) if found else ("", line)
-        if tag in self._tracebacks:
-            self._read_traceback(tag, text)
-        elif found := _FAILED.search(text):
-            rank, why = int(found[1]), found[2]
-            if why.startswith("Traceback "):
-                self._tracebacks[tag] = rank
-            else:
-                self._note(rank, why)
-        elif found := _ENDED.search(text):
-            self._note(int(found[2]), found[1].partition(" ")[2].partition(" ")[2])
+        text = found[1] if found else line
+        if found := _FAILED.search(text):
+            rank = int(found[1])
+            self._said = self._said or Cause("said", f"rank {rank}: {found[2] or found[3]}", rank)
+        elif found := _NOTICED.search(text):
+            self._notice(int(found[1]), found[2], found[3])
         elif found := _ERROR.search(text):
             self.refusal = self.refusal or found[1]
             named = _NAMED.search(found[1])
@@ -86,20 +80,18 @@ class Reader:
         else:
             self._read_launcher(line)
 
-    def _read_traceback(self, tag: str, text: str) -> None:
-        """Its first line that is not indented and no frame says what was raised."""
-        if text and not text.startswith((" ", "Traceback ", "+", "|")) and \
-                not text.startswith(("During handling of", "The above exception")):
-            self._note(self._tracebacks.pop(tag), text)
-
-    def _note(self, rank: int, why: str) -> None:
-        cause = Cause("said", f"rank {rank}: {why}", rank)
-        if _SECOND.search(why):
-            self._second = self._second or Cause("killed", "a rank is gone, and nothing says why; "
-                                                 + cause.text)
-            self._seconds.add(rank)
+    def _notice(self, rank: int, text: str, what: str) -> None:
+        """What a rank says that ends because of others; where it can tell, it names one of them."""
+        named = _NAMED.match(what)
+        if named:
+            found = Cause("killed" if " is gone" in what else "said", what, int(named[1]))
+        elif text.startswith("waited"):
+            found = Cause("said", f"rank {rank}: {text}", rank)
         else:
-            self._said = self._said or cause
+            found = Cause("killed", f"a rank is gone, and nothing says why; rank {rank}: {what}",
+                          rank)
+        self._second = self._second or found
+        self._seconds.add(rank)
 
     def _read_launcher(self, line: str) -> None:
         if found := _SCRIPT.search(line):

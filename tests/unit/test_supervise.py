@@ -261,23 +261,18 @@ def test_when_a_failure_is_the_same(failures: list[tuple[Any, ...]], again: bool
 
 GLOO_KILL = """\
 [1]<stderr>:Killed
-[0]<stderr>:hvdnoise: rank 0 failed: another rank is gone, or a collective failed (Horovod ...)
+[0]<stderr>:hvdnoise: rank 0 ends in step 7: another rank is gone, or a collective failed (x)
 Process name: 1
 horovodrun.sh: rank 1 on localhost ended first, with exit code 137
 """
 MPI_KILL = "mpirun noticed that process rank 1 with PID 0 on node vm exited on signal 9 (Killed).\n"
 TRACEBACK = """\
-[0]<stderr>:hvdnoise: rank 0 failed: another rank is gone, or a collective failed (x)
-[1]<stderr>:hvdnoise: rank 1 failed: Traceback (most recent call last):
+[0]<stderr>:hvdnoise: rank 0 ends in step 7: another rank is gone, or a collective failed (x)
+[1]<stderr>:Traceback (most recent call last):
 [0]<stderr>:hvdnoise: rank 0 says more
 [1]<stderr>:  File "x.py", line 1, in f
-[1]<stderr>:    raise ValueError
-[1]<stderr>:KeyError: 3
-[1]<stderr>:
-[1]<stderr>:During handling of the above exception, another exception occurred:
-[1]<stderr>:
-[1]<stderr>:Traceback (most recent call last):
 [1]<stderr>:ValueError: boom
+[1]<stderr>:hvdnoise: rank 1 failed in step 7: ValueError: boom: at last
 """
 
 
@@ -285,10 +280,16 @@ TRACEBACK = """\
     (GLOO_KILL, 137, "killed", "rank 1 on localhost was killed by SIGKILL"),
     (MPI_KILL, 137, "killed", "rank 1 on vm was killed by SIGKILL"),
     ("", 137, "launcher", "the launcher was killed by SIGKILL"),
-    ("hvdnoise: rank 0 failed: its launcher is gone\n", 143, "launcher", "launcher was killed"),
-    (TRACEBACK, 1, "said", "rank 1: KeyError: 3"),
-    (TRACEBACK.replace("KeyError: 3\n[1]<stderr>:\n[1]<stderr>:During", "  During"), 1, "said",
-     "rank 1: ValueError: boom"),
+    ("hvdnoise: rank 0: its launcher is gone (mpirun, process 7): asking for a save\n",
+     143, "launcher", "launcher was killed"),
+    (TRACEBACK, 1, "said", "rank 1: ValueError: boom: at last"),
+    ("hvdnoise: rank 1 was interrupted in step 7\n", 1, "said", "rank 1: was interrupted"),
+    ("hvdnoise: rank 1 stood still for 9 s in step 3, outside of any collective: see\n", 1, "said",
+     "rank 1: stood still for 9 s"),
+    ("hvdnoise: rank 0 waited 9 s for 'x' in step 3: rank 1 is stopped; ending\n", 1, "said",
+     "rank 1 is stopped"),
+    ("hvdnoise: rank 0 ends in step 7: rank 1 is gone: it was killed, crashed\n", 1, "killed",
+     "rank 1 is gone"),
     ("hvdnoise: rank 0 waited 60 s for 'x': another rank is stalled, gone\n", 1, "said",
      "rank 0: waited 60 s"),
     ("hvdnoise: error: rank 1 of node2 could not write\n", 1, "said", "rank 1 of node2 could not"),
@@ -297,7 +298,7 @@ TRACEBACK = """\
      "rank 1 on node2 ended with exit code 3"),
     ("mpirun.sh: error: node2 does not answer on port 22; It was there at the start: ...\n", 1,
      "hosts", "node2 does not answer"),
-    ("hvdnoise: rank 0 failed: another rank is gone, or a collective failed (x)\n", 1, "killed",
+    ("hvdnoise: rank 0 ends: another rank is gone, or a collective failed (x)\n", 1, "killed",
      "nothing says why; rank 0: another rank is gone"),
     ("", 75, "preempted", "saved"), ("rubbish\n", 1, "said", "exit code 1 and did not say why")])
 def test_the_cause(text: str, code: int, kind: str, words: str) -> None:
