@@ -269,9 +269,10 @@ def run(case: Case, folder: Path) -> tuple[int, str]:
                             else _chdir(folder))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        for name in ("hvdnoise.cli._in_world", "hvdnoise.doctor.examine",
-                     "hvdnoise.training.preemption.Preemption"):
+        for name in ("hvdnoise.cli._in_world", "hvdnoise.doctor.examine"):
             stack.enter_context(mock.patch(name, mock.Mock(return_value=0)))
+        for name in ("preemption.Preemption", "process.watch"):  # would be of this process
+            stack.enter_context(mock.patch(f"hvdnoise.training.{name}"))
         stack.enter_context(mock.patch("hvdnoise.study.run.Study.run", lambda self: 0))
         stack.enter_context(mock.patch("hvdnoise.reproduce.run._run", lambda *_: (0, 15)))
         stack.enter_context(mock.patch("hvdnoise.report.run.run", lambda config: 0))

@@ -57,6 +57,7 @@ class Preemption:
                          if signal.getsignal(number) == signal.SIG_IGN}
         self.listen()
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=self._leave)
         threading.Thread(target=self._watch, args=(read,), name="hvdnoise-sigterm",
                          daemon=True).start()
 
@@ -65,6 +66,13 @@ class Preemption:
         for number in _SIGNALS:  # a handler of Python's writes to the pipe
             signal.signal(number, signal.SIG_IGN if number in self._ignored else lambda *_: None)
         return self
+
+    def _leave(self) -> None:
+        """In a process that was forked: what it is sent is none of this rank's business."""
+        with contextlib.suppress(ValueError):  # of another interpreter
+            signal.set_wakeup_fd(-1)
+            for number in set(_SIGNALS) - self._ignored:
+                signal.signal(number, signal.SIG_DFL)
 
     def _watch(self, pipe: int) -> None:
         while received := os.read(pipe, 64):

@@ -25,6 +25,14 @@ preemption.listen()
 os.kill(os.getpid(), signal.SIGHUP)
 assert wanted(preemption)
 preemption = Preemption()
+child = os.fork()  # as of a data loader
+if child == 0:
+    time.sleep(60)
+    os._exit(0)
+time.sleep(1)
+os.kill(child, signal.SIGTERM)
+assert os.waitpid(child, 0)[1] == signal.SIGTERM
+assert not wanted(preemption, 0.5)
 preemption.want()
 time.sleep(1.2)
 os.kill(os.getpid(), signal.SIGTERM)  # the first signal, though not the first wish
