@@ -100,7 +100,8 @@ def test_ranks_with_other_settings_are_named(folder: Path) -> None:
 
 @pytest.mark.parametrize("arguments, expected", [
     (["trian"], "unknown command 'trian'"),
-    ([], "give train, eval, measure, reproduce, study, report, plan, bench, quadratic or doctor"),
+    ([], "give train, launch, eval, measure, reproduce, study, report, plan, bench, quadratic or "
+         "doctor"),
     (["measure"], "run"), (["measure", "nowhere"], "run=nowhere holds no config.yaml"),
     (["measure", "{folder}/used"], "there is no"),
     (["report"], "folders"), (["report", "nowhere"], "folders=nowhere is wrong: there is no"),
