@@ -128,7 +128,8 @@ def test_a_long_pause_and_a_launcher_that_is_killed(launcher: str, name: str, tm
     thread.join()
     assert paused and ended.exit_code == -signal.SIGKILL, ended.report()
     assert json.loads((folder / "preempted.json").read_text())["step"] >= paused[0] + 4
-    assert "its launcher is gone" in (folder / "logs" / "rank-1.log").read_text()
+    logs = [(folder / "logs" / f"rank-{rank}.log").read_text() for rank in (0, 1)]
+    assert any("its launcher is gone" in log for log in logs)  # the other one may have followed
 
 
 def kill_launcher(rank: int, name: str) -> None:
