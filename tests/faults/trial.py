@@ -25,7 +25,7 @@ EVERY = 5  # steps between two checkpoints
 LIMITS = {"": 15, "_START": 60, "_EVALUATION": 20, "_CHECKPOINT": 20}
 GONE_WITHIN = 30.0  # seconds, after the launcher has ended
 TRIAL_LIMIT = 240.0
-LAST_LINES = 15
+LAST_LINES = 40  # horovodrun ends with a traceback of its own
 LAUNCHERS = ("gloo", "mpirun", "horovodrun.sh", "mpirun.sh")
 NOISES = {
     "none": "{kind: none}", "own": "{kind: gnc, radius: 0.05}",
