@@ -75,10 +75,10 @@ import sys
 from hvdnoise import cli, comm
 from hvdnoise.training import loop
 real = loop._count_bad
-def count(job, bad):
+def count(job, *, bad):
     if job.world.rank == 1 and job.counters.step == 3:
         raise ZeroDivisionError("the trap")
-    real(job, bad)
+    real(job, bad=bad)
 loop._count_bad = count
 sys.exit(cli.main())
 """
@@ -93,8 +93,9 @@ def test_a_python_exception_on_one_rank_ends_all(tmp_path: Path, settings: Path,
     ended = run_command(2, [sys.executable, str(program), "train", "--config", str(settings),
                             "--run_dir", str(folder)], launcher=launcher, timeout=90)
     assert ended.exit_code not in (0, None) and not ended.leftovers, ended.report()
-    assert ended.output.count("ZeroDivisionError: the trap") == 1, ended.report()
-    assert "hvdnoise: rank 1 failed:" in ended.output
+    traced = re.findall(r"^(?:\[1\]<stderr>:)?ZeroDivisionError: the trap$", ended.output, re.M)
+    assert len(traced) == 1, ended.report()
+    assert "hvdnoise: rank 1 failed in step 3: ZeroDivisionError: the trap" in ended.output
     assert "ZeroDivisionError" in (folder / "logs" / "rank-1.log").read_text()
 
 
