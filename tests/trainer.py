@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hvdnoise.training import loop, progress
+from hvdnoise.training import steps as of_training
 from hvdnoise.training.config import TrainConfig
 from hvdnoise.training.options import parse
 from hvdnoise.training.validation import validate
@@ -69,11 +70,11 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def poison(monkeypatch: Any, steps: set[int]) -> None:
     """The loss of these steps (counted from 0) is NaN for the first worker."""
-    real = loop._forward_and_backward
+    real = of_training._forward_and_backward
 
     def forward(job: Any, parts: Any) -> Any:
         if job.counters.step in steps:
             images, labels = parts[0]
             parts = [(images * float("nan"), labels), *parts[1:]]
         return real(job, parts)
-    monkeypatch.setattr(loop, "_forward_and_backward", forward)
+    monkeypatch.setattr(of_training, "_forward_and_backward", forward)

@@ -102,8 +102,8 @@ def _before(moment: str, owner: Any, name: str) -> None:
 
 
 def _install() -> None:
-    from hvdnoise.training import loop
-    real_step, real_passes = loop.take_step, loop._forward_and_backward
+    from hvdnoise.training import loop, steps
+    real_step, real_passes = loop.take_step, steps._forward_and_backward
     real_save, real_fsync = loop.save, os.fsync
 
     def take_step(job: Any, *args: Any) -> Any:
@@ -139,7 +139,7 @@ def _install() -> None:
         real_fsync(handle)
 
     loop.take_step, loop.save, os.fsync = take_step, save, fsync
-    loop._forward_and_backward = nan if FAULT["action"] == "nan" else passes
+    steps._forward_and_backward = nan if FAULT["action"] == "nan" else passes
     _before("evaluation", loop, "score")
     _before("finish", loop, "finish")
 

@@ -11,24 +11,24 @@ from tests.integration.running import TINY, error_lines, finished, hvdnoise
 
 # a rank's images are NaN in one step
 NAN = """
-from hvdnoise.training import loop
-real = loop._forward_and_backward
+from hvdnoise.training import steps
+real = steps._forward_and_backward
 
 def forward(job, parts):
     if job.counters.step == 3 and job.world.rank == 1:
         parts = [parts[0], (parts[1][0] * float("nan"), parts[1][1])]
     return real(job, parts)
-loop._forward_and_backward = forward
+steps._forward_and_backward = forward
 """
 # nothing of that step is computed
 SKIPPED = """
 import torch
-from hvdnoise.training import loop
-real = loop._update
+from hvdnoise.training import steps
+real = steps._update
 
 def update(job, parts):
     return (torch.ones(3), False) if job.counters.step == 3 else real(job, parts)
-loop._update = update
+steps._update = update
 """
 SETTINGS = TINY.replace("epochs: 2", "epochs: 1").replace("source: gathered", "source: own") + """
 norm: batch

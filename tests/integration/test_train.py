@@ -73,13 +73,13 @@ def test_the_same_run_twice_and_its_evaluation(tmp_path: Path, settings: Path) -
 CRASH = """
 import sys
 from hvdnoise import cli, comm
-from hvdnoise.training import loop
-real = loop._count_bad
+from hvdnoise.training import steps
+real = steps._count_bad
 def count(job, *, bad):
     if job.world.rank == 1 and job.counters.step == 3:
         raise ZeroDivisionError("the trap")
     real(job, bad=bad)
-loop._count_bad = count
+steps._count_bad = count
 sys.exit(cli.main())
 """
 
