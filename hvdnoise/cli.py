@@ -90,9 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         if command not in commands:
-            raise ConfigError(f"unknown command {command!r}: give train, launch, eval, measure, "
-                              "reproduce, study, report, plan, bench, quadratic or doctor; see "
-                              "hvdnoise --help")
+            *names, last = commands
+            raise ConfigError(f"unknown command {command!r}: give {', '.join(names)} or {last}; "
+                              "see hvdnoise --help")
         code = commands[command](rest, launched)
     except ConfigError as error:
         return process.refuse(str(error), launched)
@@ -129,9 +129,7 @@ def _train(arguments: Sequence[str], launched: dict[str, int]) -> int:
 
 
 def _launch(arguments: Sequence[str], launched: dict[str, int]) -> int:
-    if launched["size"] > 1 and "SLURM_STEP_ID" not in os.environ or launched["rank"] > 0:
-        raise ConfigError(f"hvdnoise launch starts ranks by itself, and here are {launched['size']}"
-                          " of it: start it without a launcher")
+    _refuse_launcher("launch", launched)
     from hvdnoise.supervise.run import run
     return run(arguments)
 

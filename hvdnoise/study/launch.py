@@ -18,7 +18,6 @@ from hvdnoise.study.config import StudyConfig
 from hvdnoise.supervise import guard
 from hvdnoise.training.config import ConfigError
 
-_GUARD = [sys.executable, "-I", "-S", guard.__file__]  # quick: it needs no packages
 _TRAIN = [sys.executable, "-m", "hvdnoise", "train"]
 _NO_RANK = ["env", "-u", "SLURM_STEP_ID"]  # or a process takes a task's number for its rank
 POLL_SECONDS = 0.1
@@ -54,7 +53,7 @@ def command(config: StudyConfig, flags: Sequence[str], run_folder: Path) -> list
     # One task holds all ranks of the run, so that the launcher needs no help of Slurm's.
     task = ["srun", "--exact", "--nodes=1", "--ntasks=1", "--mpi=none",
             f"--cpus-per-task={config.ranks * config.threads}", *options]
-    return [*task, *_GUARD, str(run_folder), *_NO_RANK, *train]
+    return [*task, *guard.COMMAND, str(run_folder), *_NO_RANK, *train]
 
 
 def _local(config: StudyConfig, options: Sequence[str]) -> list[str]:
@@ -147,8 +146,8 @@ def start_guarded(words: Sequence[str], *, run_folder: Path, env: dict[str, str]
         keep: descriptors that the guard inherits.
     """
     return Started(subprocess.Popen(
-        [*_GUARD, str(run_folder), *words], stdin=subprocess.PIPE, stdout=output, stderr=output,
-        env=env, pass_fds=keep, start_new_session=True))
+        [*guard.COMMAND, str(run_folder), *words], stdin=subprocess.PIPE, stdout=output,
+        stderr=output, env=env, pass_fds=keep, start_new_session=True))
 
 
 def wait_all(started: Sequence[Started], impatient: Callable[[], bool]) -> None:

@@ -10,14 +10,12 @@ import json
 import os
 import select
 import subprocess
-import sys
 import time
 from typing import Callable, Sequence
 
 from hvdnoise.supervise import guard
 from hvdnoise.supervise.cause import Cause, Reader
 
-_GUARD = [sys.executable, "-I", "-S", guard.__file__]  # quick: it needs no packages
 SAVE_SECONDS = 150  # the script has limits of its own: 60 to save, and what launchers then need
 TICK_SECONDS = 0.1
 PIECE = 4096  # bytes: so many can be written at once where select says so
@@ -41,8 +39,8 @@ class Attempt:
         os.set_blocking(self._pipe, False)
         try:
             self._process = subprocess.Popen(
-                [*_GUARD, "--after", json.dumps(after), "--save-seconds", str(SAVE_SECONDS), "-",
-                 *words], stdin=subprocess.PIPE, stderr=write, env=env, pass_fds=(hold,),
+                [*guard.COMMAND, "--after", json.dumps(after), "--save-seconds", str(SAVE_SECONDS),
+                 "-", *words], stdin=subprocess.PIPE, stderr=write, env=env, pass_fds=(hold,),
                 start_new_session=True)
         except BaseException:
             os.close(self._pipe)

@@ -29,6 +29,7 @@ import time
 from pathlib import Path
 from typing import Sequence
 
+COMMAND = [sys.executable, "-I", "-S", __file__]  # quick, as it needs no packages
 SAVE_SECONDS = 60.0
 AFTER_SECONDS = 25.0
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36

@@ -10,12 +10,12 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 
 from tests.faults import damage
-from tests.integration.running import HVDNOISE, steps_logged
+from tests.integration.running import HVDNOISE, at_step
 from tests.launcher import ROOT, Ended, run_command
 
 PLUGIN = str(Path(__file__).with_name("plugin.py"))
@@ -157,8 +157,13 @@ class Campaign:
             {"HVDNOISE_FAULT": json.dumps(fault)}
         second: list[Ended] = []
         if trial.kind == "second-job":
-            _at_step(run, trial.step, lambda: second.append(self._start(trial, run)))
+            other = at_step(run, trial.step, lambda: second.append(self._start(trial, run)),
+                            limit=TRIAL_LIMIT)
         ended = self._start(trial, run, env=env, wrong=trial.setting)
+        if trial.kind == "second-job":
+            other.join()
+            if not second:
+                outcome.faults.append("there was no second job")
         outcome.output = ended.output
         if env and not (folder / "done").exists():
             outcome.faults.append("the fault did not happen")
@@ -245,15 +250,6 @@ checkpoint: {{every_steps: {EVERY}, every_epochs: 1}}
 tensorboard: false
 progress: none
 """
-
-
-def _at_step(folder: Path, step: int, action: Callable[[], object]) -> None:
-    def watch() -> None:
-        until = time.monotonic() + TRIAL_LIMIT
-        while steps_logged(folder) < step and time.monotonic() < until:
-            time.sleep(0.02)
-        action()
-    threading.Thread(target=watch, daemon=True).start()
 
 
 # ---------------------------------------------------------------------- what must be seen
