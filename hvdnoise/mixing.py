@@ -7,7 +7,7 @@ need of the same numbers is in the processor's cache when they come: one pass ov
 from __future__ import annotations
 
 import math
-from typing import Iterator
+from typing import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,12 @@ def chunks(rows_Wn: Tensor) -> Iterator[slice]:
     step = max(1, numbers // max(1, len(rows_Wn)))
     for start in range(0, rows_Wn.shape[1], step):
         yield slice(start, min(start + step, rows_Wn.shape[1]))
+
+
+def total(tensors: Sequence[Tensor]) -> Tensor:
+    """() the sum in float32, on the device of the first: finite only where all numbers are."""
+    sums = [each.sum(dtype=torch.float32).to(tensors[0].device) for each in tensors]
+    return torch.stack(sums).sum()
 
 
 def average(rows_Wn: Tensor, out_n: Tensor) -> None:

@@ -10,7 +10,7 @@ import math
 import weakref
 from collections import deque
 from dataclasses import replace
-from typing import Any, Callable, Sequence
+from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from hvdnoise.exchange import Exchange
 from hvdnoise.kept_state import KeptState
 from hvdnoise.layers import LayerStatistics
 from hvdnoise.measured import Measured, Measurement
+from hvdnoise.mixing import total
 from hvdnoise.noise.base import (
     ExampleNoise,
     LayerNoise,
@@ -63,7 +64,7 @@ class NoiseState:
         watch: the calls of the model's modules; None where no noise needs to know of them.
         sums_gradients: whether the exchange keeps sums of each worker's gradient.
         exchanged_sum: () the sum of the step's mean gradients before noise was added to them; None
-            where none ever is.
+            where none ever is, and without ``sums_gradients``.
         memory: the most bytes that rows, statistics, what the noise keeps and displaced weights
             took at a time.
     """
@@ -268,6 +269,12 @@ class NoiseState:
         """Of the steps so far."""
         return self._weights.coverage if self._weights is not None else NoiseCoverage()
 
+    def keep_sums(self) -> None:
+        """From now on keep the sums by which one sees whether all is finite."""
+        self.sums_gradients = True
+        if self._weights is not None:
+            self._weights.keeps_total = True
+
     @property
     def displacement_sum(self) -> Tensor | None:
         """() of the last worker's forward; see `Displacements`."""
@@ -411,8 +418,8 @@ class NoiseState:
                                                     self._current_loss_scale())
         if self.measure and (noise is not None or observer is not None):
             self._measurement.mean([flat for _, flat in exchange.reduced()])
-        if noise is not None or observer is not None:
-            self.exchanged_sum = _sum([flat for _, flat in exchange.reduced()])
+        if self.sums_gradients and (noise is not None or observer is not None):
+            self.exchanged_sum = total([flat for _, flat in exchange.reduced()])
         if observer is not None:
             self._show_means(observer, exchange)
         if noise is None:
@@ -514,9 +521,3 @@ class NoiseState:
                              "start the noise anew")
         if self._weights is not None:
             self._past.extend(each for each in past if each is not None)
-
-
-def _sum(tensors: Sequence[Tensor]) -> Tensor:
-    """() in float32, on the device of the first."""
-    sums = [each.sum(dtype=torch.float32).to(tensors[0].device) for each in tensors]
-    return torch.stack(sums).sum()

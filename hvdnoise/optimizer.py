@@ -158,7 +158,8 @@ class _DistributedOptimizer(Wrapper):
     @property
     def displacement_sum(self) -> Tensor | None:
         """() the sum of the displacements of this rank's last forward, up to signs: finite only
-        where all of them are. None where nothing was displaced."""
+        where all of them are. None where nothing was displaced, and unless `sum_gradients` was
+        called."""
         return self._noise_state.displacement_sum
 
     @property
@@ -170,13 +171,15 @@ class _DistributedOptimizer(Wrapper):
         return exchange.sums if exchange is not None else []
 
     def sum_gradients(self) -> None:
-        """From now on keep `gradient_sums`: one more pass over each worker's gradient."""
-        self._noise_state.sums_gradients = True
+        """From now on keep `gradient_sums`, `displacement_sum` and `exchanged_sum`: one more pass
+        over each worker's gradient and displacement, and over the mean."""
+        self._noise_state.keep_sums()
 
     @property
     def exchanged_sum(self) -> Tensor | None:
         """() the sum over the mean gradients of the last step as they were exchanged, alike on all
-        ranks, before noise was added to them; None where the noise adds nothing to the mean."""
+        ranks, before noise was added to them; None where the noise adds nothing to the mean, or
+        `sum_gradients` was not called."""
         return self._noise_state.exchanged_sum
 
     @property

@@ -42,8 +42,9 @@ class Displacements:
 
     Attributes:
         terms: the delta of each parameter; the same dict for all calls in a row for one worker.
+        keeps_total: whether to keep ``total``: one more pass over them.
         total: () the sum of their numbers, up to signs: finite only where all of them are. None:
-            there are none.
+            there are none, or it is not kept.
         coverage: of the steps so far.
     """
 
@@ -53,6 +54,7 @@ class Displacements:
         self._squares: dict[int, tuple[float, float]] = {}
         self.noise = noise
         self.terms: dict[Tensor, Term] = {}
+        self.keeps_total = False
         self.total: Tensor | None = None
         self._formed = 0  # bytes of them that are neither rows nor kept by the noise
         self._of: tuple[PendingObservation | None, int] | None = None
@@ -102,7 +104,8 @@ class Displacements:
             unit_N, factors = self.noise.displacement(bucket, v, clean, rates, due, context)
             check_returned(self.noise, "displacement", unit_N, (bucket.size,))
             check_returned(self.noise, "displacement", factors, (len(rates),))
-            self._add_up(unit_N, factors)
+            if self.keeps_total:
+                self._add_up(unit_N, factors)
             if not storages([unit_N]) & known:
                 self._formed += unit_N.nbytes
             for t, p in enumerate(bucket.parameters):

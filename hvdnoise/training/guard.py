@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdnoise.comm import World
+from hvdnoise.mixing import total
 from hvdnoise.noise.base import MeanNoise, MeanObservingNoise, part
 from hvdnoise.training import finite
 from hvdnoise.training.alike import SameSteps
@@ -104,7 +105,7 @@ class Guard:
             self._generators.append((torch.cuda.set_rng_state, torch.cuda.get_rng_state()))
         self._passes.clear()
         self._gradients.clear()
-        self._factor = _sum([p.detach() for p in self._weights.values()]) * 0 + 1
+        self._factor = total([p.detach() for p in self._weights.values()]) * 0 + 1
 
     def start(self, loss: Tensor, worker: int) -> Tensor:
         """From what a backward pass is to start: () 1, or NaN.
@@ -114,7 +115,7 @@ class Guard:
             worker: whose pass it is, of those of all ranks.
         """
         seen = Pass(len(self._gradients), worker, loss.detach(),
-                    _sum(self._watched) if self._watched else None,
+                    total(self._watched) if self._watched else None,
                     self._optimizer.displacement_sum)
         self._passes.append(seen)
         factor = self._factor.to(loss)
@@ -209,11 +210,6 @@ def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
     if source:
         with torch.no_grad():
             torch._foreach_copy_(list(target.values()), list(source.values()))
-
-
-def _sum(tensors: Sequence[Tensor]) -> Tensor:
-    """() in float32: finite only where all numbers are."""
-    return torch.stack([each.sum(dtype=torch.float32) for each in tensors]).sum()
 
 
 def _is_finite(value: Tensor | None) -> bool:
