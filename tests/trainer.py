@@ -38,7 +38,10 @@ class Never:
     """A preemption that does not come, or after so many steps."""
 
     def __init__(self, after: int | None = None) -> None:
-        self.left = after
+        self.left, self.wanted = after, False
+
+    def want(self) -> None:
+        self.wanted = True
 
     def agreed(self, world: ThreadWorld) -> bool:
         if self.left is None:

@@ -47,10 +47,7 @@ def run(config: TrainConfig, world: World, device: torch.device, preemption: Pre
     job = call_or_raise(world, lambda: build(config, world, device))
     job.virtual_workers_asked = virtual_workers_asked or config.virtual_workers
     job.digests = agree_on_data(job.datasets, config.data, device, world)
-
-    def stop() -> None:
-        preemption.wanted = True
-    with hold_folder(config, world, job.model, on_loss=stop) as (folder, job.lock):
+    with hold_folder(config, world, job.model, on_loss=preemption.want) as (folder, job.lock):
         return _run(job, folder, preemption)
 
 

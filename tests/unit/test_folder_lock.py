@@ -326,7 +326,7 @@ class At(Never):
 
     def __init__(self, steps: int, action: Callable[[], None]) -> None:
         super().__init__()
-        self.steps, self.action, self.wanted = steps, action, False
+        self.steps, self.action = steps, action
 
     def agreed(self, world: ThreadWorld) -> bool:
         self.steps -= 1
