@@ -352,8 +352,9 @@ run() { # COMMAND...
     ((status == 0 || status == 2 || status == 75)) || sweep
 }
 
-# Copies what a launcher says on stderr, but for the traceback by which horovodrun ends. At its end prints which rank ended first, its exit
-# code, that in words, and the cause in the words of that rank, or of one that noticed.
+# Copies what a launcher says on stderr, but for the traceback by which horovodrun
+# ends. At its end prints which rank ended first, its exit code, that in words, and
+# the cause in the words of that rank, or of one that noticed.
 listen() {
     local line held='' rank='' code='' how='' own='' other=''
     while IFS= read -r line || [[ $line ]]; do
