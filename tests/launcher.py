@@ -21,7 +21,9 @@ import time
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -170,6 +172,14 @@ def processes_of(mark: str) -> dict[int, str]:
             except OSError:  # ended meanwhile, or another user's
                 continue
     return found
+
+
+def oldest_process(matches: Callable[[list[str]], bool]) -> psutil.Process | None:
+    """The first started of those whose command line matches: a subshell has that of its shell,
+    and may have the smaller number, as numbers begin anew at the greatest."""
+    found = [each for each in psutil.process_iter(["cmdline", "create_time"])
+             if matches(each.info["cmdline"] or [])]
+    return min(found, key=lambda each: float(each.info["create_time"]), default=None)
 
 
 def _end_all(mark: str, grace: float) -> list[str]:

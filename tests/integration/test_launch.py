@@ -12,13 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
-import psutil
 import pytest
 from PIL import Image
 
 from tests.cluster import run_on_hosts, why_not
 from tests.integration.running import TINY, error_lines, finished, steps_logged
-from tests.launcher import BIN, ROOT, Ended, run_command
+from tests.launcher import BIN, ROOT, Ended, oldest_process, run_command
 
 pytestmark = pytest.mark.parallel
 HOROVODRUN, MPIRUN = "launch/horovodrun.sh", "launch/mpirun.sh"
@@ -353,11 +352,10 @@ def test_sigterm_to_the_script_saves(tmp_path: Path, settings: str, script: list
     folder = tmp_path / "run"
 
     def stop() -> None:
-        for process in psutil.process_iter(["cmdline"]):
-            line = process.info["cmdline"] or []
-            if line[1:] and line[1].endswith(script[0]) and str(folder) in line:
-                process.terminate()
-                return
+        process = oldest_process(lambda words: str(folder) in words and any(
+            word.endswith(script[0]) for word in words[1:2]))
+        assert process is not None
+        process.terminate()
     watch(folder, 4, stop)
     ended = run_on_hosts(3, [*script, "--hosts", "node2,node3", "--interface", "eth0", "--",
                              "--config", settings, "--run_dir", str(folder), "--epochs", "10000"])

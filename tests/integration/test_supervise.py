@@ -24,7 +24,7 @@ import yaml
 
 from tests.cluster import run_on_hosts, why_not
 from tests.integration.running import HVDNOISE, TINY, finished, hvdnoise
-from tests.launcher import Ended, run_command
+from tests.launcher import Ended, oldest_process, run_command
 
 pytestmark = pytest.mark.parallel
 KILLS = int(os.environ.get("HVDNOISE_TEST_KILLS", "2"))
@@ -68,11 +68,7 @@ def launch(folder: Path, settings: Path, *options: str, timeout: float = 600) ->
 # ---------------------------------------------------------------------- who is killed
 
 def supervisor(folder: Path) -> psutil.Process | None:
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
-        if words[1:3] == [HVDNOISE, "launch"] and str(folder) in words:
-            return process
-    return None
+    return oldest_process(lambda words: words[1:3] == [HVDNOISE, "launch"] and str(folder) in words)
 
 
 def below(folder: Path) -> dict[str, list[psutil.Process]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import Any
 
+import horovod.torch as hvd
 import torch
 
 import hvdnoise
@@ -47,6 +49,15 @@ def freeze_alone() -> None:
     train(model, optimizer, world.rank, range(2, 4))
 
 
+def run_out_of_data() -> None:
+    """Rank 1 has no more batches, and calls hvd.join(); what rank 0 does gathers from all ranks."""
+    world, model = hvdnoise.init(), net()
+    optimizer = optimizer_for(model, noise=hvdnoise.GNC(radius=0.05, source="gathered"))
+    train(model, optimizer, world.rank, range(4 if world.rank == 0 else 2))
+    with contextlib.suppress(RuntimeError):  # or the launcher ends rank 0 before it has told
+        hvd.join()
+
+
 def run(function: str, launcher: str, seconds: float) -> Ended:
     """A launch that must end by itself in time, badly, with nothing left."""
     ended = attempt(2, f"{__file__}:{function}", launcher=launcher, timeout=60,
@@ -73,6 +84,12 @@ def test_a_rank_that_changes_its_layout_alone() -> None:
     """Not after the watchdog's time: Horovod compares the shapes."""
     ended = run("freeze_alone", "gloo", 40)
     assert "ismatched" in ended.errors[0] and ended.seconds < 40, ended.report()
+
+
+def test_a_rank_that_has_run_out_of_data() -> None:
+    """Horovod ends on rank 1, which cannot answer; rank 0 is told of it, and names join."""
+    ended = run("run_out_of_data", "gloo", 40)
+    assert "hvd.join()" in ended.errors[0] and "own" in ended.errors[0], ended.report()
 
 
 # ---- inside a larger program
