@@ -1,11 +1,23 @@
-"""Folders of images, as an imagefolder data set has them."""
+"""Folders of images, as an imagefolder data set has them, and of a checkpoint."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from hvdnoise.training import checkpoint
+from hvdnoise.world import World
+
+
+def save_checkpoint(folder: Path, step: int, shared: Any, own: Any, world: World, *,
+                    keep: int) -> Path:
+    """Write a checkpoint, and wait for it. Collective."""
+    part = checkpoint.begin(folder, step, world)
+    return checkpoint.commit(part, lambda: checkpoint.write(part, shared, own, world.rank), world,
+                             keep=keep)
 
 
 def write_folders(root: Path, train: int = 3, val: int = 2, classes: str = "abc") -> None:

@@ -29,10 +29,11 @@ from hvdnoise.training.fetch import digest
 from hvdnoise.training.manifest import FORMAT, BrokenCheckpoint, read_manifest
 from hvdnoise.training.progress import log
 
-__all__ = ["FORMAT", "BrokenCheckpoint", "CheckpointError", "check", "choose", "folder_of",
-           "found", "gather_or_raise", "read", "save"]
+__all__ = ["FORMAT", "BrokenCheckpoint", "CheckpointError", "begin", "check", "choose",
+           "commit", "folder_of", "found", "gather_or_raise", "read", "write"]
 
 State = dict[str, Any]
+Facts = dict[str, dict[str, Any]]  # of each file
 _NAME = re.compile(r"step-([0-9]{8,})")
 
 
@@ -55,44 +56,67 @@ def found(checkpoints: Path) -> list[Path]:
         return []
     return sorted((path for path in checkpoints.iterdir()
                    if path.is_dir() and _NAME.fullmatch(path.name)),
-                  key=lambda path: int(path.name[5:]), reverse=True)
+                  key=_step_of, reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name[5:])
 
 
 # ---------------------------------------------------------------------- writing
 
 
-def save(checkpoints: Path, step: int, shared: State | None, own: State, world: World, *,
-         keep: int) -> Path:
-    """Write a checkpoint; keep it and the newest before it, ``keep`` in all. Collective.
+def begin(checkpoints: Path, step: int, world: World) -> Path:
+    """Make the folder that the files of a checkpoint are written to. Collective.
 
-    Checkpoints of later steps, which a run that went back has left behind, are dropped too.
+    Raises:
+        CheckpointError: on all ranks, when it cannot be.
+    """
+    part = checkpoints / f"{folder_of(step)}.tmp"
+    gather_or_raise(world, "begin", lambda: _begin(part) if world.rank == 0 else None)
+    return part
+
+
+def write(part: Path, shared: State | None, own: State, rank: int) -> Facts:
+    """Write this rank's files, through to the disk; their sizes and digests. Not collective.
 
     Args:
         shared: rank 0's (others may pass None); own: this rank's. Tensors, numbers, text and
             plain containers only.
 
     Raises:
+        NotFinite, OSError, RuntimeError: when they cannot be.
+    """
+    states = {f"rank-{rank}.pt": own} if rank else {"shared.pt": shared, "rank-0.pt": own}
+    return {name: _write(part / name, state) for name, state in states.items()}
+
+
+def commit(part: Path, written: Callable[[], Facts], world: World, *, keep: int) -> Path:
+    """Make a checkpoint of what all ranks have written, or leave no trace of it. Collective.
+
+    It and the newest before it stay, ``keep`` in all. Those of later steps, which a run that went
+    back has left behind, are dropped too.
+
+    Args:
+        written: what `write` gave, or raises what it raised.
+
+    Raises:
         CheckpointError: on all ranks, when a rank could not write, or something is not finite (the
             earlier checkpoints stay).
     """
-    final = checkpoints / folder_of(step)
-    part = final.with_suffix(".tmp")
-    leads = world.rank == 0
-    gather_or_raise(world, "begin", lambda: _begin(part) if leads else None)
+    final, leads = part.with_suffix(""), world.rank == 0
     try:
-        written = gather_or_raise(world, "write", lambda: {
-            **({"shared.pt": _write(part / "shared.pt", shared)} if leads else {}),
-            f"rank-{world.rank}.pt": _write(part / f"rank-{world.rank}.pt", own)})
-        files = {name: facts for each in written for name, facts in each.items()}
-        manifest = {"format": FORMAT, "step": step, "ranks": world.size, "files": files}
+        everyone = gather_or_raise(world, "write", written)
+        files = {name: facts for each in everyone for name, facts in each.items()}
+        manifest = {"format": FORMAT, "step": _step_of(final), "ranks": world.size, "files": files}
         gather_or_raise(world, "finish", lambda: _finish(part, final, manifest) if leads else None)
     except CheckpointError:
         if leads:
             shutil.rmtree(part, ignore_errors=True)
         raise
     if leads:
-        older = found(checkpoints)[found(checkpoints).index(final):]
-        for gone in {*found(checkpoints)} - {*older[:keep]}:
+        here = found(part.parent)
+        for gone in {*here} - {*here[here.index(final):][:keep]}:
             shutil.rmtree(gone, ignore_errors=True)
     return final
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -20,12 +21,13 @@ from hvdnoise.training.config import TrainConfig
 from hvdnoise.training.errors import Diverged
 from hvdnoise.training.job import Job, align, build
 from hvdnoise.training.meter import Meter
-from hvdnoise.training.milestones import diverged, finish, preempted, save, score
+from hvdnoise.training.milestones import diverged, finish, preempted, save, saver_of, score
 from hvdnoise.training.preemption import EXIT_PREEMPTED, Preemption
 from hvdnoise.training.progress import Progress, log
 from hvdnoise.training.records import Records
 from hvdnoise.training.resume import find_source, restore
 from hvdnoise.training.runfolder import call_or_raise, hold_folder, open_folder
+from hvdnoise.training.saver import Saver
 from hvdnoise.training.steps import take_step
 from hvdnoise.training.validation import check_run_dir
 
@@ -73,10 +75,13 @@ def _run(job: Job, folder: Path, preemption: Preemption) -> int:
     log.info("%d ranks x %d workers x %d examples, %d steps, in %s", world.size,
              config.virtual_workers, job.batches.worker, job.total_steps, folder)
     log.info("exchange %s: %s", job.optimizer.exchange_plan, job.optimizer.exchange_reason)
+    saver = saver_of(job, folder)
     try:
-        return train(job, folder, records, progress, preemption)
+        return train(job, folder, records, progress, preemption, saver)
     except (Diverged, NotFiniteError) as error:
         diverged(job, folder, str(error))
+        with contextlib.suppress(NotFiniteError):  # one is enough
+            saver.wait()
         raise
     finally:
         progress.close()
@@ -90,15 +95,15 @@ def _scored_again(job: Job) -> set[str]:
     return {"test"} if job.datasets.validation is not None else set()  # of an end that is none now
 
 
-def train(job: Job, folder: Path, records: Records, progress: Progress, preemption: Preemption
-          ) -> int:
+def train(job: Job, folder: Path, records: Records, progress: Progress, preemption: Preemption,
+          saver: Saver) -> int:
     """The loop, and what comes after it. Collective."""
     config, at = job.config, job.counters
     per_epoch = job.sampler.steps_per_epoch
     loader = data.train_loader(job.datasets, job.sampler, pin_memory=job.device.type == "cuda",
                                loader_workers=config.data.loader_workers)
     meter = Meter(job.batches, job.device)
-    saved_at, scored_at, scores = -1, -1, dict[str, float]()
+    scored_at, scores = -1, dict[str, float]()
     job.model.train()
     records.note_step(at.step)
     while at.step < job.total_steps:
@@ -107,8 +112,9 @@ def train(job: Job, folder: Path, records: Records, progress: Progress, preempti
         epoch_end = min(job.total_steps, (at.step // per_epoch + 1) * per_epoch)
         while at.step < epoch_end:
             watchdog.enter("step", at.step + 1)
+            saver.poll()
             if preemption.agreed(job.world):
-                preempted(job, folder, saved=saved_at == at.step)
+                preempted(job, folder, saver)
                 return EXIT_PREEMPTED
             take_step(job, batches, meter)
             records.note_step(at.step)
@@ -119,13 +125,13 @@ def train(job: Job, folder: Path, records: Records, progress: Progress, preempti
                 scored_at, scores = at.step, score(job, folder, records)
             if _due(at.step, config.checkpoint.every_steps) or _due(
                     at.step, config.checkpoint.every_epochs * per_epoch):
-                saved_at = save(job, folder)
+                save(job, saver)
     watchdog.enter("finish", at.step)
     preemption.wait()
     if scored_at != at.step:
         scores = score(job, folder, records)
-    if saved_at != at.step:
-        save(job, folder)
+    save(job, saver)
+    saver.wait()
     finish(job, folder, records, scores)
     return 0
 

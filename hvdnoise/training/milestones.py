@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 from torch import nn
 
@@ -17,6 +17,7 @@ from hvdnoise.training.job import Job
 from hvdnoise.training.progress import log
 from hvdnoise.training.records import Records, weights_digest, write_text
 from hvdnoise.training.runfolder import config_digest
+from hvdnoise.training.saver import Saver, naming
 
 Scores = dict[str, float]
 
@@ -90,19 +91,9 @@ def _write(job: Job, folder: Path, what: str, action: Callable[[], None]) -> Non
     """Rank 0 writes into the run folder, while it has it; a failure is a CheckpointError on all
     ranks, which names the folder."""
     heartbeat.check(job.lock, job.world)
-    with _naming(folder):
+    with naming(folder):
         checkpoint.gather_or_raise(job.world, what, lambda: action() if job.world.rank == 0
                                    else None)
-
-
-@contextlib.contextmanager
-def _naming(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except checkpoint.NotFiniteError:  # has nothing to do with the folder
-        raise
-    except checkpoint.CheckpointError as error:
-        raise checkpoint.CheckpointError(f"run folder {folder}: {error}") from error
 
 
 def _write_weights(job: Job, path: Path, state: dict[str, Any]) -> None:
@@ -113,29 +104,30 @@ def _write_facts(job: Job, path: Path, facts: dict[str, Any]) -> None:
     _write(job, path.parent, "facts", lambda: write_text(path, json.dumps(facts, indent=1)))
 
 
+def saver_of(job: Job, folder: Path) -> Saver:
+    """What writes the checkpoints of a run."""
+    return Saver(folder, job.world, keep=job.config.checkpoint.keep,
+                 check=lambda: heartbeat.check(job.lock, job.world))
+
+
 @watchdog.phase("checkpoint")
-def save(job: Job, folder: Path) -> int:
-    """Write a checkpoint; the step it is of."""
+def save(job: Job, saver: Saver) -> None:
+    """Begin to write a checkpoint of this step, unless it has begun."""
+    if saver.step == job.counters.step:
+        return
     job.guard.same_steps.settle()
-    shared = job.shared_state()
-    # not its parents: a run folder that has gone is not made anew
-    _write(job, folder, "folder", lambda: (folder / "checkpoints").mkdir(exist_ok=True))
-    with _naming(folder):
-        checkpoint.save(folder / "checkpoints", job.counters.step,
-                        shared if job.world.rank == 0 else None, job.own_state(), job.world,
-                        keep=job.config.checkpoint.keep)
-    return job.counters.step
+    saver.start(job.counters.step, job.shared_state(), job.own_state())
 
 
-def preempted(job: Job, folder: Path, *, saved: bool) -> None:
-    """Save, unless that is done, and say how to go on.
+def preempted(job: Job, folder: Path, saver: Saver) -> None:
+    """Save, and say how to go on.
 
     Raises:
         FolderLost: when the run was stopped because the folder is no longer its own.
     """
     heartbeat.check(job.lock, job.world)
-    if not saved:
-        save(job, folder)
+    save(job, saver)
+    saver.wait()
     at = job.counters
     _write_facts(job, folder / "preempted.json", {"step": at.step})
     log.warning("SIGTERM: saved at step %d of %d; go on with --run_dir %s --resume auto", at.step,

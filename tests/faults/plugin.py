@@ -125,11 +125,8 @@ def _install() -> None:
         return real_passes(job, parts)
 
     def save(*args: Any) -> Any:
-        _now.update(fsyncs=0, saving=True)
-        try:
-            return real_save(*args)
-        finally:
-            _now["saving"] = False
+        _now.update(fsyncs=0, saving=True)  # a thread writes, and the training goes on
+        return real_save(*args)
 
     def fsync(handle: Any) -> None:
         if _now["saving"]:

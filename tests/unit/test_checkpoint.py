@@ -15,14 +15,14 @@ import torch
 from hvdnoise.training import checkpoint, job
 from hvdnoise.training.checkpoint import BrokenCheckpoint, CheckpointError
 from tests.fake_world import ThreadWorld, run_threads
+from tests.folders import save_checkpoint as save
 
 
 def write(folder: Path, step: int, *, size: int = 2, keep: int = 2) -> list[Path]:
     """A checkpoint by ``size`` ranks, with what it is of inside."""
     def work(world: ThreadWorld) -> Path:
         shared = {"step": step, "weights": torch.full((3,), float(step))}
-        return checkpoint.save(folder, step, shared if world.rank == 0 else None,
-                               {"rank": world.rank}, world, keep=keep)
+        return save(folder, step, shared, {"rank": world.rank}, world, keep=keep)
     return run_threads(size, work)
 
 
@@ -115,7 +115,7 @@ def test_a_rank_that_cannot_write_stops_all_and_harms_nothing(tmp_path: Path,
 
     def work(world: ThreadWorld) -> str:
         with pytest.raises(CheckpointError) as caught:
-            checkpoint.save(tmp_path, 2, {"a": 1}, {"b": world.rank}, world, keep=1)
+            save(tmp_path, 2, {"a": 1}, {"b": world.rank}, world, keep=1)
         return str(caught.value)
     texts = run_threads(2, work)
     assert len(set(texts)) == 1 and "rank 1 could not write" in texts[0] and "No space" in texts[0]

@@ -21,6 +21,7 @@ from hvdnoise.training.errors import Diverged
 from hvdnoise.training.job import Job
 from hvdnoise.training.options import parse
 from tests.fake_world import ThreadWorld, run_threads
+from tests.folders import save_checkpoint
 from tests.trainer import GNC, TINY, Never, poison, speaking, train
 
 __all__ = ["speaking"]  # a fixture
@@ -51,7 +52,7 @@ def test_a_checkpoint_that_is_not_finite_is_an_error_on_all_ranks(tmp_path: Path
         own = {"noise": {"rows": torch.tensor([1.0, value if world.rank == 1 else 0.0])}}
         shared = {"model": {"w": torch.ones(2)}} if world.rank == 0 else None
         try:
-            checkpoint.save(tmp_path, step, shared, own, world, keep=1)
+            save_checkpoint(tmp_path, step, shared, own, world, keep=1)
         except NotFiniteError as error:
             return str(error)
         return ""
