@@ -63,7 +63,9 @@ def _full_disk() -> None:
 
 
 def _vanish() -> None:
-    shutil.rmtree(FAULT["folder"])
+    gone = os.path.normpath(FAULT["folder"]) + ".gone"  # at once: other ranks write to it
+    os.rename(FAULT["folder"], gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 ACTIONS: dict[str, Callable[[], None]] = {
