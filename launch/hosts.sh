@@ -371,6 +371,8 @@ listen() {
             other=${other:-${BASH_REMATCH[1]}}
         elif [[ $line =~ process\ rank\ ([0-9]+)\ with\ PID(.*\ (on\ signal\ .*))? ]]; then
             rank=${rank:-${BASH_REMATCH[1]}} how=${how:-${BASH_REMATCH[3]}}
+        elif [[ $line == *' exiting improperly.'* ]]; then # with any code, also 0
+            how=${how:-by an exit in mid-run}
         elif [[ $line =~ ^\ *Process\ name:\ (\[\[.*,)?([0-9]+)\]?$ ]]; then
             rank=${rank:-${BASH_REMATCH[2]}}
         elif [[ $line =~ ^\ *Exit\ code:\ *([0-9]+)$ ]]; then

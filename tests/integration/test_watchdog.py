@@ -71,8 +71,9 @@ def test_a_rank_that_is_stopped_in_a_step(launcher: str, tmp_path: Path, setting
 FAULTS = [  # what one rank does, and what the last line of the launch says of it
     ("gloo", "hang 1 7", r"rank 1 stood still for 8 s in step 7, outside of any collective: .*"),
     (GLOO_SCRIPT, "leave 1 7", r"rank 1 failed in step 7: SystemExit: 0"),
-    (MPI_SCRIPT, "vanish 1 7", r"rank 1 on localhost ended first, badly: rank 0 ends in step 7: "
-                               r"rank 1 is gone: it was killed, crashed, or left without a word"),
+    (MPI_SCRIPT, "vanish 1 7", r"rank 1 on localhost ended first, by an exit in mid-run: "
+                               r"rank 0 ends in step 7: rank 1 is gone: it was killed, crashed, or "
+                               r"left without a word"),
 ]
 
 
