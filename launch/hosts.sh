@@ -243,8 +243,10 @@ cd "$folder" 2>/dev/null || wrong "has no folder $folder; share it among the hos
 [ -z "$interface" ] || [ -e "/sys/class/net/$interface" ] ||
     wrong "has no interface $interface, only $(ls /sys/class/net | xargs); name one that all hosts have: --interface"
 [ -x "$hvdnoise" ] || wrong "has no $hvdnoise; install the same hvdnoise there, at the same path (launch/setup.sh), or use the same image"
-said=$(timeout --foreground "$seconds" "$hvdnoise" doctor --versions 2>&1) ||
-    wrong "cannot start $hvdnoise ($(echo "$said" | tail -n 1)); run launch/setup.sh there, from the same files"
+said=$(timeout --foreground "$seconds" "$hvdnoise" doctor --versions 2>&1) || case $? in
+    124) wrong "has not started $hvdnoise within $seconds s; see what else it does, or what its file system does" ;;
+    *) wrong "cannot start $hvdnoise ($(echo "$said" | tail -n 1)); run launch/setup.sh there, from the same files" ;;
+esac
 echo "$said" | grep "^versions "'
 
 check_hosts() {
