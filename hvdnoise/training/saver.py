@@ -62,10 +62,11 @@ class Saver:
             CheckpointError: on all ranks, for the one under way or this one.
         """
         self.wait()
-        with watchdog.phase("checkpoint"), naming(self._folder):
+        with watchdog.phase("checkpoint"):
             self._check()
-            checkpoint.gather_or_raise(self._world, "folder", self._make_folder)
-            part = checkpoint.begin(self._folder / _NAME, step, self._world)
+            with naming(self._folder):
+                checkpoint.gather_or_raise(self._world, "folder", self._make_folder)
+                part = checkpoint.begin(self._folder / _NAME, step, self._world)
             rank = self._world.rank
             self._copy = shared, own = copied((None if rank else shared, own), self._copy)
             self.step, self._part, self._written = step, part, Future()
@@ -102,9 +103,10 @@ class Saver:
             return
         if pending is not None:
             pending.wait()
-        with watchdog.phase("checkpoint"), naming(self._folder):
+        with watchdog.phase("checkpoint"):
             self._check()
-            checkpoint.commit(part, self._written.result, self._world, keep=self._keep)
+            with naming(self._folder):
+                checkpoint.commit(part, self._written.result, self._world, keep=self._keep)
 
     def _make_folder(self) -> None:
         if self._world.rank == 0:  # not its parents: a run folder that has gone is not made anew

@@ -20,6 +20,7 @@ from hvdnoise.training.config import TrainConfig
 from hvdnoise.training.errors import Diverged
 from hvdnoise.training.job import Job
 from hvdnoise.training.options import parse
+from hvdnoise.training.saver import Saver
 from tests.fake_world import ThreadWorld, run_threads
 from tests.folders import save_checkpoint
 from tests.trainer import GNC, TINY, Never, poison, speaking, train
@@ -71,18 +72,41 @@ PLACES: dict[str, Callable[[Job], torch.Tensor]] = {
     "model.2.running_var": lambda job: job.model.state_dict()["2.running_var"]}
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_a_run_ends_before_it_writes_what_is_not_finite(tmp_path: Path, place: str,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loop.take_step
+@pytest.mark.parametrize("place, first", [*((place, "checkpoint") for place in PLACES),
+                                          ("model.0.weight", "step")])
+def test_a_run_ends_before_it_writes_what_is_not_finite(
+        tmp_path: Path, place: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the checkpoint or the step after it is done first."""
+    real, start, write = loop.take_step, Saver.start, checkpoint.write
 
     def take_step(job: Job, *arguments: Any) -> None:
         real(job, *arguments)
         if job.counters.step == 4:
             with torch.no_grad():
                 PLACES[place](job).view(-1)[0] = float("inf")
+
+    def start_and_wait(saver: Saver, *arguments: Any) -> None:
+        start(saver, *arguments)
+        saver.wait()
+
+    def write_late(*arguments: Any) -> Any:
+        failed.wait(60 if "step-00000004" in str(arguments[0]) else 0)
+        return write(*arguments)
+
+    def fail(*arguments: Any) -> None:
+        diverged(*arguments)
+        failed.set()
+    failed, diverged = threading.Event(), loop.diverged
     monkeypatch.setattr(loop, "take_step", take_step)
-    with pytest.raises(NotFiniteError, match=rf"^{place} is not finite \(1 of .* on rank 0"):
+    if first == "checkpoint":
+        error: type[Exception] = NotFiniteError
+        text = rf"^{place} is not finite \(1 of .* on rank 0"
+        monkeypatch.setattr(Saver, "start", start_and_wait)
+    else:
+        error, text = Diverged, "^the weight 0.weight of rank 0 is not finite at step 5"
+        monkeypatch.setattr(checkpoint, "write", write_late)
+        monkeypatch.setattr(loop, "diverged", fail)
+    with pytest.raises(error, match=text):
         train(tmp_path, *BATCH_NORM)
     assert checkpoint.found(tmp_path / "checkpoints")[0].name == "step-00000003"
     assert json.loads((tmp_path / "summary.json").read_text())["outcome"] == "diverged"

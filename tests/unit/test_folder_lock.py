@@ -347,9 +347,11 @@ def run_with(preemption: Never, folder: Path, *flags: str, ranks: int = 1) -> li
 def test_a_vanished_folder_ends_the_run_and_is_not_made_anew(tmp_path: Path, checkpoints: str
                                                              ) -> None:
     folder = tmp_path / "run"
+
+    def vanish() -> None:  # at once, for a checkpoint may be under way
+        shutil.rmtree(folder.rename(tmp_path / "gone"), ignore_errors=True)
     with pytest.raises(FolderLost, match=r"the run folder .*/run is gone \(rank 0\)"):
-        run_with(At(4, lambda: shutil.rmtree(folder)), folder, "--checkpoint.every_steps",
-                 checkpoints)
+        run_with(At(4, vanish), folder, "--checkpoint.every_steps", checkpoints)
     assert not folder.exists()
 
 
