@@ -22,10 +22,10 @@ import torch
 from hvdnoise import horovod_world
 from hvdnoise.horovod_world import ALONE, HorovodWorld, build_report
 from hvdnoise.launched import environment, launched, launcher
-from hvdnoise.world import Finished, Handle, World, group_of, handshake
+from hvdnoise.world import Finished, Handle, TransportError, World, group_of, handshake
 
 __all__ = ["ALONE", "Finished", "Handle", "HorovodWorld", "World", "adasum_optimizer",
-           "before_shutdown", "build_report", "environment", "group_of", "handshake",
+           "before_shutdown", "build_report", "compressor", "environment", "group_of", "handshake",
            "horovod_optimizer", "init", "launched", "needs_horovod", "op_name", "shutdown",
            "uses_torch", "world_of"]
 
@@ -72,7 +72,7 @@ def init(comm: Any = None, *, group_size: int | None = None) -> World:
         ValueError: when ``comm`` is no communicator, or Horovod is not used, or was started already
             without it, or ``HVDNOISE_TIMEOUT`` or another limit in the environment is none
             (`hvdnoise.limits`).
-        RuntimeError: where Horovod is needed and not installed, or was started under torchrun.
+        TransportError: where Horovod is needed and not installed, or was started under torchrun.
     """
     if uses_torch():
         if comm is not None:
@@ -106,9 +106,9 @@ def _check_horovod() -> None:
     if launcher() == "torchrun" and horovod_world.running():
         size, known = environment()["size"], horovod_world.size()
         if known != size:
-            raise RuntimeError(f"hvd.init() has started Horovod under torchrun, and it knows "
-                               f"{known} of {size} ranks: call hvdnoise.init() instead, or start "
-                               "with horovodrun")
+            raise TransportError(f"hvd.init() has started Horovod under torchrun, and it knows "
+                                 f"{known} of {size} ranks: call hvdnoise.init() instead, or start "
+                                 "with horovodrun")
 
 
 def shutdown() -> None:
@@ -151,6 +151,15 @@ def op_name(op: Any) -> str:
         raise ValueError(f"op={op!r} is no reduction: use hvd.Average, Sum, Adasum, Min, Max or "
                          f"Product, or {', '.join(_HOROVODS_OPS.values())}")
     return str(name)
+
+
+def compressor(compression: Any) -> Any:
+    """What compresses gradients; None for ``hvd.Compression.none``."""
+    if getattr(compression, "__name__", None) == "NoneCompressor":
+        return None
+    if compression is not None:
+        needs_horovod("compression", "leave it out, or start with horovodrun or mpirun")
+    return compression
 
 
 def adasum_optimizer(optimizer: torch.optim.Optimizer, **options: Any) -> torch.optim.Optimizer:

@@ -20,7 +20,7 @@ from hvdnoise.launched import environment, launched
 from hvdnoise.limits import raise_gloo_timeout
 from hvdnoise.ordering import FinishOrder
 from hvdnoise.staging import StagingWorld
-from hvdnoise.world import Handle, group_of
+from hvdnoise.world import Handle, TransportError, group_of
 
 # What Horovod reads where no launcher started this process.
 ALONE = {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo", "HOROVOD_GLOO_IFACE": "lo"}
@@ -145,8 +145,8 @@ def _horovod() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "horovod":
             raise
-        raise RuntimeError("Horovod is not installed: start the ranks with torchrun, or install "
-                           "Horovod") from error
+        raise TransportError("Horovod is not installed: start the ranks with torchrun, or install "
+                             "Horovod") from error
     return hvd
 
 

@@ -246,8 +246,8 @@ def _greeted_by(connection: socket.socket, secret: str, size: int) -> int | None
     """The rank that has come; None for a stranger."""
     connection.settimeout(_HELLO_SECONDS)
     try:
-        said, rank = next(_messages(connection), ["", 0])
-        if not secrets.compare_digest(str(said), secret) or rank not in range(1, size):
+        said, rank = map(str, next(_messages(connection), ["", ""]))
+        if not secrets.compare_digest(said, secret) or not 0 < int(rank) < size:
             return None
         connection.sendall(_WELCOME)
     except (OSError, ValueError):

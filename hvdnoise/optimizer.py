@@ -467,10 +467,7 @@ def DistributedOptimizer(
     world = world or comm.world_of(process_set)
     check_noise(noise, world.size * virtual_workers)
     check_displaces(noise, [p.shape for p in parameters])
-    if getattr(compression, "__name__", None) == "NoneCompressor":
-        compression = None
-    if compression is not None:
-        comm.needs_horovod("compression", "leave it out, or start with horovodrun or mpirun")
+    compression = comm.compressor(compression)
     shape = Shape(sum(p.numel() for p in parameters), max(1, world.size), virtual_workers,
                   max((p.dtype.itemsize for p in parameters), default=4), noise_precision)
     mixes = noise is not None and noise.mixes

@@ -23,6 +23,10 @@ class RanksLost(RuntimeError):
     """Another rank is gone, or has left, so that a collective can never end."""
 
 
+class TransportError(RuntimeError):
+    """What is to carry the ranks is not there, or cannot; one line with the remedy."""
+
+
 class Handle(Protocol):
     """A collective under way."""
 
