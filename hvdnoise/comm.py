@@ -44,6 +44,8 @@ def uses_torch() -> bool:
 
 
 def _torch_runs() -> bool:
+    if not torch.distributed.is_available():
+        return False
     from hvdnoise import torch_world
     return torch_world.running()
 

@@ -58,7 +58,9 @@ class Negotiator:
     def __init__(self, connection: socket.socket) -> None:
         self.lost = ""
         self._connection = connection
-        self._sending, self._ended = threading.Lock(), threading.Event()
+        # two locks, for a thread that sends may wait for the one that hears
+        self._sending, self._knowing = threading.Lock(), threading.Lock()
+        self._ended = threading.Event()
         self._waiting: dict[tuple[int, int, str], Request] = {}
         self._leaving = False
         _not_in_children(connection)
@@ -77,26 +79,29 @@ class Negotiator:
             RanksLost: when a rank is lost. ValueError: for a name that is asked for already.
         """
         key = ranks.start, len(ranks), name
-        with self._sending:
+        with self._knowing:
             if self.lost or self._leaving:
                 raise RanksLost(f"{name!r}: {self.lost or 'this rank has left'}")
             if key in self._waiting:
                 raise ValueError(f"{name!r} is still under way on this rank: wait for it before "
                                  "its name is used again")
             self._waiting[key] = request
-            with contextlib.suppress(OSError):  # which the other thread finds, too
-                self._connection.sendall(_line([*key, facts, list(sizes)]))
+        self._say([*key, facts, list(sizes)])
 
     def leave(self, seconds: float) -> None:
         """Say that this rank takes part in nothing more, and wait until all have said so.
 
         A rank that goes takes data along that others may still be reading; so it stays for a while.
         """
-        with self._sending, contextlib.suppress(OSError):
+        with self._knowing:
             self._leaving = True
-            self._connection.sendall(_line(["bye"]))
+        self._say(["bye"])
         if not self.lost:
             self._ended.wait(seconds)
+
+    def _say(self, message: list[Any]) -> None:
+        with self._sending, contextlib.suppress(OSError):  # which the other thread finds, too
+            self._connection.sendall(_line(message))
 
     # ------------------------------------------------------------------ the thread
 
@@ -113,7 +118,7 @@ class Negotiator:
             self._ended.set()
         else:
             *key, answer = rest
-            with self._sending:
+            with self._knowing:
                 request = self._waiting.pop((key[0], key[1], key[2]), None)
             if request is None:  # failed meanwhile
                 return
@@ -124,7 +129,7 @@ class Negotiator:
                 request.fail(kind(f"{key[2]!r}: {answer}"))
 
     def _lose(self, text: str) -> None:
-        with self._sending:
+        with self._knowing:
             if not self._ended.is_set():
                 self.lost = self.lost or text
             waiting, self._waiting = self._waiting, {}

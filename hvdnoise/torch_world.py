@@ -319,7 +319,7 @@ _started_here = False  # torch.distributed, by this module
 
 def running() -> bool:
     """Whether there is a world, or one can be had without a launcher's help."""
-    return _world is not None or dist.is_available() and dist.is_initialized()
+    return _world is not None or dist.is_initialized()
 
 
 def world(group_size: int | None = None) -> TorchWorld:
@@ -333,7 +333,6 @@ def world(group_size: int | None = None) -> TorchWorld:
         _world = _begin()
         atexit.register(shutdown)
     if group_size is not None:
-        group_of(0, _world.size, group_size)
         _world.make_groups(group_size)
     return _world
 
