@@ -35,6 +35,7 @@ _POLL_SECONDS = 0.0002
 _TOLD_BYTES = 1024  # of what rank 0 says at the start
 _OPS = {"average": dist.ReduceOp.SUM, "sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN,
         "max": dist.ReduceOp.MAX, "product": dist.ReduceOp.PRODUCT}
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
 Start = Callable[[list[int]], tuple[Any, Callable[[], Tensor]]]
 
 
@@ -183,8 +184,8 @@ class TorchWorld(StagingWorld):
                 if result.numel() == 0:
                     return None, lambda: result
                 if min(rows) == most:
-                    return dist.all_gather_into_tensor(_bytes(result), _bytes(flat), group=group,
-                                                       async_op=True), lambda: _used(result)
+                    return _gather(_bytes(result), _bytes(flat), group=group,
+                                   async_op=True), lambda: _used(result)
                 padded = flat.new_zeros(most, *flat.shape[1:])
                 padded[:len(flat)] = flat
                 everyone = flat.new_empty(len(rows) * most, *flat.shape[1:])
@@ -193,8 +194,8 @@ class TorchWorld(StagingWorld):
                     parts = _used(everyone).split(most)
                     torch.cat([part[:count] for part, count in zip(parts, rows)], out=result)
                     return _used(result)
-                return dist.all_gather_into_tensor(_bytes(everyone), _bytes(padded), group=group,
-                                                   async_op=True), finish
+                return _gather(_bytes(everyone), _bytes(padded), group=group,
+                               async_op=True), finish
             return self._ask(name, f"allgather of {_kind(sent, rows=False)}", (len(sent),), flat,
                              start)
         return self._start(begin, tensor, out)
