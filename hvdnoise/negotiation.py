@@ -255,7 +255,7 @@ def _greeted_by(connection: socket.socket, secret: str, size: int) -> int | None
         if not secrets.compare_digest(said, secret) or not 0 < int(rank) < size:
             return None
         connection.sendall(_WELCOME)
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return None
     _set_up(connection)
     return int(rank)

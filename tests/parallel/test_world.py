@@ -340,10 +340,6 @@ def test_watchdog_names_the_collective_mpi() -> None:
     _check_watchdog("mpirun")
 
 
-def test_watchdog_names_the_collective_torchrun() -> None:
-    _check_watchdog("torchrun")
-
-
 # ---- torch.distributed
 
 def inside_torch_distributed(place: str) -> dict[str, Any]:

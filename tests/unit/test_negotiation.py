@@ -176,7 +176,7 @@ def test_strangers_are_not_let_in() -> None:
     seen: list[bytes] = []
 
     def tell_all(value: Any) -> Any:
-        for said in (b'["guess", 1]\n', b"GET / HTTP/1.0\n\n", b"[1,2,3]\n",
+        for said in (b'["guess", 1]\n', b"GET / HTTP/1.0\n\n", b"[1,2,3]\n", b"5\n",
                      f'["{value["secret"]}", 2]\n'.encode()):
             stranger = socket.create_connection(("localhost", value["port"]), SECONDS)
             stranger.sendall(said)
