@@ -1,9 +1,9 @@
-"""Structured gradient noise for large-batch data-parallel training with Horovod.
+"""Structured gradient noise for large-batch data-parallel training with Horovod or torchrun.
 
 `DistributedOptimizer` takes the place of ``hvd.DistributedOptimizer``; `GNC` and
 `CovarianceNoise` are the noises, `register_noise` adds others; `init` starts Horovod, also inside a
-larger MPI program. `SAM`, `StaleSAM`, `MomentumSAM`, `Extrapolation`, `AnticorrelatedNoise` and
-`PNM` are what others do, to compare with.
+larger MPI program, or torch.distributed under torchrun. `SAM`, `StaleSAM`, `MomentumSAM`,
+`Extrapolation`, `AnticorrelatedNoise` and `PNM` are what others do, to compare with.
 """
 
 from hvdnoise.comm import init, shutdown

@@ -19,7 +19,8 @@ from hvdnoise.launched import launched
 
 _LAUNCHERS = {"horovodrun", "horovodrun.sh", "mpirun", "mpirun.sh", "mpiexec", "mpiexec.hydra",
               "orterun", "orted", "prte", "prted", "prterun", "hydra_pmi_proxy",
-              "hydra_bstrap_proxy", "srun", "slurmstepd", "quickstart.sh", "guard.py"}
+              "hydra_bstrap_proxy", "srun", "slurmstepd", "quickstart.sh", "guard.py", "torchrun",
+              "torch.distributed.run", "torch.distributed.launch"}
 _INTERPRETER = re.compile(r"(python[\d.]*|bash|dash|sh|zsh)")
 _MOST = 64  # ancestors; a chain is no longer
 

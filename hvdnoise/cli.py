@@ -1,6 +1,6 @@
 """hvdnoise train | launch | eval | measure | reproduce | study | report | plan | bench | ...
 
-Settings are parsed and checked before Horovod starts, so that a mistake costs nothing and leaves
+Settings are parsed and checked before the ranks start, so that a mistake costs nothing and leaves
 nothing behind. Exit codes: 0 done; 2 bad input, one line on stderr; 75 preempted by SIGTERM and
 saved, start me again; 1 anything else.
 """
@@ -19,6 +19,7 @@ from hvdnoise.training import process
 from hvdnoise.training.config import ConfigError, TrainConfig
 from hvdnoise.training.options import parse
 from hvdnoise.training.output import make_lasting
+from hvdnoise.world import TransportError
 
 T = TypeVar("T")
 _USAGE = """usage: hvdnoise train [--config YAML] [--FLAG VALUE ...]   train a network
@@ -32,8 +33,8 @@ _USAGE = """usage: hvdnoise train [--config YAML] [--FLAG VALUE ...]   train a n
        hvdnoise bench [--FLAG VALUE ...]                   time ways to average gradients
        hvdnoise quadratic [--FLAG VALUE ...]               check the noises against exact theory
        hvdnoise doctor [--FLAG VALUE ...]                  say what works on this machine
-Each takes --help. Start several ranks with hvdnoise launch, or with horovodrun, mpirun or srun in
-front."""
+Each takes --help. Start several ranks with hvdnoise launch, or with horovodrun, mpirun, srun or
+torchrun in front."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,9 @@ def _plan(arguments: Sequence[str], launched: dict[str, int]) -> int:
 def _bench(arguments: Sequence[str], launched: dict[str, int]) -> int:
     from hvdnoise.bench.config import FREE, BenchConfig, validate
     config = _parse(BenchConfig, arguments, launched, program="hvdnoise bench")
+    if comm.uses_torch():
+        raise ConfigError("hvdnoise bench compares with Horovod's own optimizer, and "
+                          "torch.distributed carries these ranks: start with horovodrun or mpirun")
     variants = validate(config, launched["size"])
     from hvdnoise.bench.run import run
     from hvdnoise.training.config import flatten
@@ -243,7 +247,7 @@ def _doctor(arguments: Sequence[str], launched: dict[str, int]) -> int:
 
 def _in_world(launched: dict[str, int], facts: dict[str, Any],
               action: Callable[[comm.World], int], *, group_size: int | None = None) -> int:
-    """Start Horovod, see that all ranks agree on ``facts``, run, and end whatever happens."""
+    """Start the ranks, see that all agree on ``facts``, run, and end whatever happens."""
     from hvdnoise.training.agreement import environment
     from hvdnoise.training.checkpoint import CheckpointError
     from hvdnoise.training.errors import CommonDataError
@@ -253,7 +257,10 @@ def _in_world(launched: dict[str, int], facts: dict[str, Any],
     watched = process.watch(launched)
     start_terminal(launched["rank"])
     try:
-        world = comm.init(group_size=group_size)
+        try:
+            world = comm.init(group_size=group_size)
+        except TransportError as error:
+            return process.refuse(str(error), launched)
         try:
             _handshake(world, {**versions(), **environment(), **facts})
             watched.enter("")

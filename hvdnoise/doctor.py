@@ -64,6 +64,9 @@ def _findings(launched: dict[str, int], data_root: str, launch: bool, seconds: i
         yield _collective()
         if launched["size"] == 1 and launch:
             yield from _launches(seconds)
+    else:  # torchrun starts the ranks
+        yield from _gpus()
+        yield _collective()
     yield from _data(Path(data_root).expanduser())
 
 

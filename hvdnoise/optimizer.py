@@ -419,8 +419,8 @@ def DistributedOptimizer(
         named_parameters: (name, parameter) pairs, usually ``model.named_parameters()``.
         compression: for the transport, as ``hvd.Compression.fp16``; default none.
         backward_passes_per_step: k backward passes whose gradients add up to one worker's.
-        op: ``hvd.Average``, ``Sum``, ``Min``, ``Max``, ``Product``, or ``Adasum``, which is
-            handed to Horovod's own optimizer (without noise).
+        op: ``hvd.Average``, ``Sum``, ``Min``, ``Max``, ``Product``, their names in small letters,
+            or ``Adasum``, which is handed to Horovod's own optimizer (without noise).
         gradient_predivide_factor: divides before the sum, and multiplies after it.
         num_groups: Horovod's older name of ``groups`` as a number.
         groups: parameters that travel together: a number of groups, or lists of parameters.
@@ -442,11 +442,11 @@ def DistributedOptimizer(
             Horovod's order of additions.
         noise_in_eval: whether noise on the weights is also seen by modules in evaluation mode,
             when gradients are enabled: for models that train in that mode.
-        world: the ranks, in place of Horovod's (tests).
+        world: the ranks; default: all that `hvdnoise.init` knows.
 
     Raises:
         ValueError: for a bad argument, or noise that needs more workers than there are.
-        RuntimeError: when Horovod has not been started.
+        RuntimeError: when neither Horovod nor torch.distributed has been started.
     """
     if isinstance(optimizer, Wrapper):
         raise ValueError("the optimizer is a DistributedOptimizer already: wrap the plain one")
@@ -464,11 +464,10 @@ def DistributedOptimizer(
                                      compression=compression, process_set=process_set,
                                      backward_passes_per_step=backward_passes_per_step)
     names = named(optimizer, named_parameters)
-    world = world or comm.HorovodWorld(process_set)
+    world = world or comm.world_of(process_set)
     check_noise(noise, world.size * virtual_workers)
     check_displaces(noise, [p.shape for p in parameters])
-    if getattr(compression, "__name__", None) == "NoneCompressor":
-        compression = None
+    compression = comm.compressor(compression)
     shape = Shape(sum(p.numel() for p in parameters), max(1, world.size), virtual_workers,
                   max((p.dtype.itemsize for p in parameters), default=4), noise_precision)
     mixes = noise is not None and noise.mixes

@@ -10,9 +10,9 @@ suspended does not trip it when it wakes up.
 It also looks after the launcher (`hvdnoise.ancestors`): once that is gone, this rank asks for a
 save, as SIGTERM does, and ends after `ORPHAN_SECONDS` at most.
 
-There is one watchdog a process. The commands begin it before Horovod starts and tell it each phase;
-a loop of the user's own has it from `hvdnoise.init` or the first `DistributedOptimizer` on, where
-it knows nothing but the collectives that are waited for.
+There is one watchdog a process. The commands begin it before the ranks start and tell it each
+phase; a loop of the user's own has it from `hvdnoise.init` or the first `DistributedOptimizer` on,
+where it knows nothing but the collectives that are waited for.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Every collective carries a name that is equal on all ranks; it may be used again once the earlier
 one of that name is finished. In a world of one rank every collective is the identity. Horovod's
-ranks are `hvdnoise.comm.HorovodWorld`; the tests have a world of threads.
+ranks are a `hvdnoise.horovod_world.HorovodWorld`, torch.distributed's a
+`hvdnoise.torch_world.TorchWorld`; the tests have a world of threads.
 """
 
 from __future__ import annotations
@@ -16,6 +17,14 @@ from typing import Any, Callable, Protocol, Sequence
 
 import torch
 from torch import Tensor
+
+
+class RanksLost(RuntimeError):
+    """Another rank is gone, or has left, so that a collective can never end."""
+
+
+class TransportError(RuntimeError):
+    """What is to carry the ranks is not there, or cannot; one line with the remedy."""
 
 
 class Handle(Protocol):
@@ -49,7 +58,7 @@ class World(ABC):
     size: int
     local_rank: int
     local_size: int
-    transport: str | None = None  # what carries collectives between processes: gloo or mpi
+    transport: str | None = None  # of collectives between processes: gloo, mpi or torch
     _counts: Counter[str]
 
     @property

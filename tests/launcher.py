@@ -34,7 +34,9 @@ TAIL = 4000
 _HOROVODRUN = [sys.executable, str(ROOT / "tests" / "horovodrun.py"), "--disable-cache",
                "--network-interface", "lo"]
 LAUNCHERS = {"none": [], "gloo": [*_HOROVODRUN, "--gloo"], "mpi": [*_HOROVODRUN, "--mpi"],
-             "mpirun": [str(BIN / "mpirun")]}
+             "mpirun": [str(BIN / "mpirun")],
+             "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                          "--no-python"]}
 
 _SETTINGS = {
     "OMP_NUM_THREADS": "1", "HOROVOD_GLOO_IFACE": "lo", "PYTHONUNBUFFERED": "1",
@@ -42,7 +44,8 @@ _SETTINGS = {
     "OMPI_MCA_oob_tcp_if_include": "lo", "OMPI_MCA_btl_vader_single_copy_mechanism": "none",
     "OMPI_MCA_rmaps_base_oversubscribe": "1", "OMPI_MCA_mpi_yield_when_idle": "1",
     "OMPI_MCA_hwloc_base_binding_policy": "none"}
-_INHERITED_FROM_A_LAUNCHER = ("HOROVOD_", "OMPI_", "PMIX_", "PMI_", "SLURM_")
+_INHERITED_FROM_A_LAUNCHER = ("HOROVOD_", "OMPI_", "PMIX_", "PMI_", "SLURM_", "TORCHELASTIC_",
+                              "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_")
 
 
 class LaunchFailed(AssertionError):
@@ -129,7 +132,8 @@ def run_command(np: int, command: Sequence[str], *, launcher: str = "gloo", time
     """
     if launcher == "none" and np != 1:
         raise ValueError(f"np={np}: without a launcher there is one rank")
-    prefix = [*LAUNCHERS[launcher], "-np", str(np)] if launcher != "none" else []
+    number = "--nproc-per-node" if launcher == "torchrun" else "-np"
+    prefix = [*LAUNCHERS[launcher], number, str(np)] if launcher != "none" else []
     mark = f"{MARKER}={uuid.uuid4().hex}"
     started = time.monotonic()
     with tempfile.TemporaryFile() as output:

@@ -26,11 +26,13 @@ AFTER_FAILURE_SECONDS = 3.0  # what a rank that failed gives the others to fail 
 
 
 def own_rank() -> int:
-    return int(os.environ.get("HOROVOD_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or 0)
+    return int(os.environ.get("HOROVOD_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK")
+               or os.environ.get("RANK") or 0)
 
 
 def own_size() -> int:
-    return int(os.environ.get("HOROVOD_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE") or 1)
+    return int(os.environ.get("HOROVOD_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE")
+               or os.environ.get("WORLD_SIZE") or 1)
 
 
 def load(module: str) -> ModuleType:

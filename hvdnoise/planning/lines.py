@@ -46,6 +46,12 @@ def mpirun(config: PlanConfig, flags: Sequence[str]) -> list[str]:
             *train(flags)]
 
 
+def torchrun(config: PlanConfig, flags: Sequence[str]) -> list[str]:
+    """On one host; on several each starts a torchrun of its own."""
+    return ["torchrun", "--standalone", "--nproc-per-node", str(config.ranks), "--no-python",
+            *train(flags)]
+
+
 def script(command: Sequence[str], note: str) -> str:
     """A shell script of one command."""
     return f"#!/usr/bin/env bash\n# {note}\nset -euo pipefail\nexec {shlex.join(command)}\n"

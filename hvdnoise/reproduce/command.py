@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hvdnoise.plans import with_group_size
 from hvdnoise.reproduce.config import ReproduceConfig
@@ -18,6 +18,9 @@ from hvdnoise.training.errors import one_line_errors
 from hvdnoise.training.options import reader
 from hvdnoise.training.origin import is_variable
 from hvdnoise.training.validation import validate
+
+_LAUNCHERS: dict[str, Literal["mpirun", "torchrun", "horovodrun"]] = {
+    "mpi": "mpirun", "torch": "torchrun", "gloo": "horovodrun"}  # by transport
 
 
 def words(config: ReproduceConfig, record: Record) -> list[str]:
@@ -36,7 +39,7 @@ def environment(record: Record) -> dict[str, str]:
 
 def _as_study(record: Record) -> StudyConfig:
     return StudyConfig(ranks=record.ranks, threads=record.threads, slurm="no",
-                       launcher="mpirun" if record.transport == "mpi" else "horovodrun")
+                       launcher=_LAUNCHERS[record.transport])
 
 
 def changed(config: ReproduceConfig, record: Record) -> dict[str, Any]:

@@ -51,8 +51,9 @@ class Record:
 
     @property
     def transport(self) -> str:
-        """What carried the collectives: gloo or mpi; gloo where the record does not say."""
-        return "mpi" if self.environment.get("transport") == "mpi" else "gloo"
+        """What carried the collectives: gloo, mpi or torch; gloo where the record does not say."""
+        found = self.environment.get("transport")
+        return found if found in ("mpi", "torch") else "gloo"
 
     @property
     def threads(self) -> int:

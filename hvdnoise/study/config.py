@@ -68,8 +68,8 @@ class StudyConfig:
         level: of the intervals.
         threads: of each rank.
         jobs: runs at the same time; auto: as many as cores, GPUs or Slurm's tasks allow.
-        launcher: of several ranks on this machine, horovodrun or mpirun; auto: horovodrun; srun:
-            Slurm starts the ranks.
+        launcher: of several ranks on this machine, horovodrun, mpirun or torchrun; auto:
+            horovodrun; srun: Slurm starts the ranks.
         slurm: inside a Slurm job start each run as a task of it; auto: where there is a job.
         launcher_options: more words for the launcher, or for srun inside a Slurm job.
         keep: of a finished run all, or not its checkpoints (its weights stay).
@@ -94,7 +94,7 @@ class StudyConfig:
     level: float = 0.95
     threads: int = 1
     jobs: int | Literal["auto"] = "auto"
-    launcher: Literal["auto", "horovodrun", "mpirun", "srun"] = "auto"
+    launcher: Literal["auto", "horovodrun", "mpirun", "torchrun", "srun"] = "auto"
     slurm: Literal["auto", "yes", "no"] = "auto"
     launcher_options: list[str] = field(default_factory=list)
     keep: Literal["all", "weights"] = "weights"

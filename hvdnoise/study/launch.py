@@ -59,11 +59,12 @@ def command(config: StudyConfig, flags: Sequence[str], run_folder: Path) -> list
 def _local(config: StudyConfig, options: Sequence[str]) -> list[str]:
     """The launcher of several ranks on this machine, as `hvdnoise plan` writes it."""
     plan = PlanConfig(ranks_per_host=config.ranks)
-    mpi = config.launcher == "mpirun"
-    whole = (lines.mpirun if mpi else lines.horovodrun)(plan, [])
+    line = {"mpirun": lines.mpirun, "torchrun": lines.torchrun}.get(config.launcher,
+                                                                    lines.horovodrun)
+    whole = line(plan, [])
     program, *words = whole[:-len(lines.train([]))]
     beside = Path(sys.executable).with_name(program)
-    here = [] if mpi else ["--disable-cache", "--network-interface", "lo"]
+    here = ["--disable-cache", "--network-interface", "lo"] if line is lines.horovodrun else []
     return [str(beside) if beside.exists() else program, *words, *here, *options]
 
 

@@ -27,7 +27,8 @@ def facts(transport: str | None, versions: dict[str, str]) -> dict[str, Any]:
     """Of this process.
 
     Args:
-        transport: what carries the collectives between the ranks, gloo or mpi; None: not known.
+        transport: what carries the collectives between the ranks: gloo, mpi or torch; None: not
+            known.
         versions: of code and libraries.
     """
     return {"versions": versions, "transport": transport, "threads": torch.get_num_threads(),

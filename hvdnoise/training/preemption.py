@@ -19,6 +19,7 @@ What launchers make of it (seen with Horovod 0.28.1 and Open MPI 4.1.8):
                        exit code 1                odls_base_sigkill_timeout, 1 by default); exit
                                                   code 1
 
+torchrun hands SIGTERM on at once, sends SIGKILL 30 s later, and always ends with 1.
 Where the exit code does not tell, RUN/preempted.json does. ``horovodrun --mpi`` itself dies of a
 SIGTERM and leaves the ranks running. launch/horovodrun.sh and launch/mpirun.sh do better: they ask
 one rank, and pass 75 on.

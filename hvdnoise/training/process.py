@@ -22,6 +22,7 @@ from hvdnoise.ending import end_within
 from hvdnoise.training import output
 from hvdnoise.training.errors import ConfigError, DataError
 from hvdnoise.training.progress import log
+from hvdnoise.world import RanksLost
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
@@ -167,10 +168,10 @@ def crash(error: BaseException, rank: int) -> NoReturn:
 
 
 def _follows(error: BaseException) -> bool:
-    """Whether it only says that Horovod's ranks do not go on together."""
+    """Whether it only says that the ranks do not go on together."""
     chain: BaseException | None = error
     while chain is not None:
-        if type(chain).__name__ == "HorovodInternalError":
+        if isinstance(chain, RanksLost) or type(chain).__name__ == "HorovodInternalError":
             return True
         chain = chain.__cause__ or chain.__context__
     return False

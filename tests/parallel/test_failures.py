@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-import horovod.torch as hvd
+import pytest
 import torch
 
 import hvdnoise
@@ -54,6 +54,7 @@ def run_out_of_data() -> None:
     world, model = hvdnoise.init(), net()
     optimizer = optimizer_for(model, noise=hvdnoise.GNC(radius=0.05, source="gathered"))
     train(model, optimizer, world.rank, range(4 if world.rank == 0 else 2))
+    import horovod.torch as hvd
     with contextlib.suppress(RuntimeError):  # or the launcher ends rank 0 before it has told
         hvd.join()
 
@@ -80,10 +81,16 @@ def test_a_stalled_rank_mpi() -> None:
     assert_ends_itself("mpi")
 
 
-def test_a_rank_that_changes_its_layout_alone() -> None:
-    """Not after the watchdog's time: Horovod compares the shapes."""
-    ended = run("freeze_alone", "gloo", 40)
-    assert "ismatched" in ended.errors[0] and ended.seconds < 40, ended.report()
+def test_a_stalled_rank_torchrun() -> None:
+    assert_ends_itself("torchrun")
+
+
+@pytest.mark.parametrize("launcher, said", [("gloo", "ismatched"),
+                                            ("torchrun", "different things")])
+def test_a_rank_that_changes_its_layout_alone(launcher: str, said: str) -> None:
+    """Not after the watchdog's time: the shapes are compared."""
+    ended = run("freeze_alone", launcher, 40)
+    assert said in ended.errors[0] and ended.seconds < 40, ended.report()
 
 
 def test_a_rank_that_has_run_out_of_data() -> None:

@@ -1,4 +1,4 @@
-"""The plan "group" on real ranks: process sets that `hvdnoise.init` makes."""
+"""The plan "group" on real ranks: groups that `hvdnoise.init` makes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.toys import build, relative_error, train
 
 
 @pytest.mark.parallel
-@pytest.mark.parametrize("launcher", ["gloo", "mpi", "mpirun"])
+@pytest.mark.parametrize("launcher", ["gloo", "mpi", "mpirun", "torchrun"])
 def test_groups(launcher: str) -> None:
     def work(world: ThreadWorld) -> torch.Tensor:
         model, optimizer = build(world, GNC(0.4, source="gathered"), exchange="group:2")
@@ -28,7 +28,8 @@ def test_groups(launcher: str) -> None:
 @pytest.mark.parallel
 @pytest.mark.parametrize("plan, precision, explicit, launcher", [
     ("transpose", "fp32", False, "gloo"), ("allgather", "bf16", True, "gloo"),
-    ("transpose", "bf16", True, "mpirun"), ("allgather", "fp32", False, "mpirun")])
+    ("transpose", "bf16", True, "mpirun"), ("allgather", "fp32", False, "mpirun"),
+    ("transpose", "fp32", False, "torchrun")])
 def test_the_first_to_leave_waits_for_the_others(plan: str, precision: str, explicit: bool,
                                                  launcher: str) -> None:
     results = launch(4, "tests.parallel.test_plans:ranks_that_leave_at_different_times",

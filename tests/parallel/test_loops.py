@@ -37,7 +37,8 @@ from tests.parallel.toys import (
 )
 from tests.toys import relative_error, seen, vector
 
-WORLDS = ("gloo-2", "mpi-2")
+HOROVOD = "gloo-2", "mpi-2"  # for what is compared with its own optimizer
+WORLDS = (*HOROVOD, "torchrun-2")
 RADIUS = 0.3
 
 
@@ -210,6 +211,7 @@ class Game:
             self.d.requires_grad_(True)
 
 
+@on(*HOROVOD)
 def check_gan(world: World) -> None:
     """The discriminator is displaced in all its steps, whatever reached it in between."""
     ways: list[Callable[[nn.Module, Any], Any]] = [
@@ -366,6 +368,7 @@ class Tasks:
         return [*weights(self.trunk), *weights(self.heads)]
 
 
+@on(*HOROVOD)
 def check_a_head_for_each_rank(world: World) -> None:
     """Steps in which the ranks are alike, and such in which each trains its own head."""
     runs = [Tasks(hvd.DistributedOptimizer),
@@ -469,7 +472,7 @@ def check_optimizers_of_the_users_own(world: World) -> None:
 
 # ---- what breaks the world, last
 
-@on("gloo-2", "mpi-2")
+@on(*WORLDS)
 def check_z_ranks_that_differ_in_the_order_of_their_optimizers(world: World) -> None:
     """Where a rank has no gradient of what the other waits for: an error on both, in time.
 
@@ -489,7 +492,7 @@ def check_z_ranks_that_differ_in_the_order_of_their_optimizers(world: World) -> 
     assert "SGD of a.weight" in text and "SGD of b.weight" in text and "same order" in text, text
 
 
-@on("gloo-2", "mpi-2")
+@on(*HOROVOD)
 def check_z_a_rank_that_has_run_out_of_data(world: World) -> None:
     """hvd.join(): what needs only the allreduce goes on."""
     model = net()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import hvdnoise
 from hvdnoise.comm import World
+from tests.checks import on
 from tests.parallel.toys import (
     Checkpointed,
     assert_ranks_agree,
@@ -38,9 +39,11 @@ from tests.parallel.toys import (
     wrap,
 )
 
-WORLDS = ("gloo-2", "mpi-2")
+HOROVOD = "gloo-2", "mpi-2"  # for what is compared with its own optimizer
+WORLDS = (*HOROVOD, "torchrun-2")
 
 
+@on(*HOROVOD)
 def check_parameters_unused_on_some_or_all_ranks(world: World) -> None:
     """Weight decay and momentum reach the unused ones too, with or without zero_grad to None."""
     results = []

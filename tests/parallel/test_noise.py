@@ -25,7 +25,8 @@ from tests.fake_world import Meeting, ThreadWorld
 from tests.laws import assert_normal
 from tests.toys import Net, build, relative_error, train, vector
 
-WORLDS = ["gloo-1", "gloo-2", "gloo-4", "mpi-4"]  # others in test_equality.py
+WORLDS = ["gloo-1", "gloo-2", "gloo-4", "mpi-4", "torchrun-4"]  # others in test_equality.py
+WITH_TWO = (*WORLDS, "torchrun-2")
 W, M = 4, 3
 SAMPLES = 100  # steps; real ranks need milliseconds for each
 
@@ -45,12 +46,14 @@ def assert_formula(world: World, noise: Any, expected: list[tuple[Any, Any]]) ->
     runs.assert_same_run(train(model, optimizer, 3, before_step=decay), expected)
 
 
+@on(*WITH_TWO)
 def check_gnc_is_the_dense_formula(world: World) -> None:
     for case in (("own", "radius", False, 1, 2), ("gathered", "lr", True, 1, 2),
                  ("isotropic", "relative", False, 1, 2), ("gathered", "radius", False, 0, 2)):
         assert_formula(world, runs.make_gnc(*case), runs.dense_gnc(W, *case))
 
 
+@on(*WITH_TWO)
 def check_covariance_noise_is_the_dense_formula(world: World) -> None:
     for formula, options in runs.COVARIANCES.values():
         noise = CovarianceNoise(emulated_batch=M, seed=2, **options)
@@ -87,7 +90,7 @@ def check_baselines_of_a_settings_file(world: World) -> None:
         assert all(each == everyone[0] for each in everyone), kind
 
 
-@on("gloo-2", "mpi-4")
+@on("gloo-2", "mpi-4", "torchrun-2")
 def check_a_loaded_baseline_goes_on(world: World) -> None:
     for kind, (_, make) in BASELINES.items():
         assert_goes_on(world, make, kind)
@@ -116,6 +119,7 @@ def check_shares_and_echo_of_a_settings_file(world: World) -> None:
             2 if "echo" in options else 3), options
 
 
+@on(*WITH_TWO)
 def check_replicas_stay_identical(world: World) -> None:
     """Bit for bit, after steps in float32 with every noise."""
     digests = {}
@@ -162,7 +166,7 @@ def check_measured_is_the_same_on_all_ranks(world: World) -> None:
 
 # ---- laws
 
-@on("gloo-2", "mpi-4")
+@on("gloo-2", "mpi-4", "torchrun-4")
 def check_gathered_displacements_have_their_law(world: World) -> None:
     """All workers' displacements as one vector a step: each one's law, and their independence."""
     mine = linear.drive(world, GNC(0.7, source="gathered", seed=1), SAMPLES + 1)[0]  # type: ignore
@@ -175,7 +179,7 @@ def check_gathered_displacements_have_their_law(world: World) -> None:
     assert_normal(samples.flatten(0, 1), covariance_PP, "pooled")
 
 
-@on("gloo-2", "mpi-4")
+@on("gloo-2", "mpi-4", "torchrun-4")
 def check_noise_on_the_gradient_has_its_law(world: World) -> None:
     gradients_BP = linear.examples().flatten(0, 1)
     workers_PP = reference.worker_covariance(linear.examples().mean(dim=1), linear.B_WORKER)
@@ -194,7 +198,7 @@ def check_noise_on_the_gradient_has_its_law(world: World) -> None:
             structure, covariance_PP, len(gradients_BP), M), f"{structure} from {source}")
 
 
-@on("gloo-2", "mpi-4")
+@on("gloo-2", "mpi-4", "torchrun-4")
 def check_kronecker_noise_has_its_law(world: World) -> None:
     """100 layers alike in 100 steps: 10,000 draws."""
     a_WbI, g_WbO = (streams.normal((W, linear.B_WORKER, size), 5, "law", size, dtype=torch.float64)

@@ -27,7 +27,7 @@ from tests.parallel.toys import (
     wrap,
 )
 
-WORLDS = ("gloo-2", "mpi-2")
+WORLDS = ("gloo-2", "mpi-2", "torchrun-2")
 
 
 def check_no_sync_keeps_gradients_local(world: World) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from hvdnoise import GNC, comm
-from hvdnoise.comm import HorovodWorld, World
+from hvdnoise.comm import World
 from tests import runs
 from tests.checks import on
 from tests.toys import Net, build, relative_error, train, vector
 
-WORLDS = ["gloo-1", "gloo-2", "gloo-4", "mpi-4"]
+WORLDS = ["gloo-1", "gloo-2", "gloo-4", "mpi-4", "torchrun-4"]
 W = 4
 SAME = ("allgather", "gather-only", "transpose")
 
@@ -27,6 +27,7 @@ def plans(world: World) -> list[dict[str, str]]:
     return several if world.size > 1 else [{"exchange": "auto"}]
 
 
+@on(*WORLDS, "torchrun-2")
 def check_plans_are_the_dense_formula(world: World) -> None:
     for lag, plan in ((1, "allgather"), (1, "gather-only"), (1, "transpose"), (0, "transpose"),
                       (2, "allgather"), (2, "transpose")):
@@ -71,7 +72,7 @@ def check_a_loaded_run_goes_on(world: World) -> None:
             assert torch.equal(again.weights[-1], whole.weights[-1]), (plan, lag)
 
 
-@on("gloo-2", "gloo-4", "mpi-4")
+@on("gloo-2", "gloo-4", "mpi-4", "torchrun-4")
 def check_16_bits_are_near(world: World) -> None:
     def weights(**plan: str) -> Any:
         model, optimizer = build(world, GNC(0.4, source="gathered"), V=W // world.size, **plan)
@@ -82,7 +83,7 @@ def check_16_bits_are_near(world: World) -> None:
         assert error < 1e-2 and (error > 1e-9) is (plan["noise_precision"] != "fp32"), plan
 
 
-@on("gloo-2", "gloo-4", "mpi-4")
+@on("gloo-2", "gloo-4", "mpi-4", "torchrun-4")
 def check_alltoall(world: World) -> None:
     """Uneven and empty parts, every dtype that travels, into storage that was given."""
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8):
@@ -99,7 +100,7 @@ def check_alltoall(world: World) -> None:
         assert world.alltoall(sent, splits, name="new").wait().tolist() == expected
 
 
-@on("gloo-2", "gloo-4", "mpi-4")
+@on("gloo-2", "gloo-4", "mpi-4", "torchrun-4")
 def check_allgather_into_storage(world: World) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         out = torch.empty(world.size * 3, 2, dtype=dtype)
@@ -109,7 +110,7 @@ def check_allgather_into_storage(world: World) -> None:
         assert out[::3, 0].tolist() == list(range(world.size))
 
 
-@on("gloo-2", "mpi-4")
+@on("gloo-2", "mpi-4", "torchrun-2")
 def check_copies_in_the_hosts_memory_travel_alike(world: Any) -> None:
     """What several ranks on one GPU do, here with tensors that are in the host's memory anyway."""
     def weights(plan: dict[str, str]) -> Any:
@@ -128,7 +129,7 @@ def check_copies_in_the_hosts_memory_travel_alike(world: Any) -> None:
             del world._through_host
 
 
-@on("gloo-2", "gloo-4", "mpi-4")
+@on("gloo-2", "gloo-4", "mpi-4", "torchrun-4")
 def check_a_group_that_was_not_made_is_refused(world: World) -> None:
     """Before anything travels, and saying how to make it."""
     try:
@@ -139,14 +140,14 @@ def check_a_group_that_was_not_made_is_refused(world: World) -> None:
     if world.size == 4:
         try:
             build(world, GNC(0.4, source="gathered"), exchange="group:2")
-            raise AssertionError("there is no process set")
+            raise AssertionError("there is no such group")
         except ValueError as error:
             assert "hvdnoise.init(group_size=2)" in str(error) and "\n" not in str(error)
 
 
 def groups_on_this_rank() -> list[Any]:
     """Run by test_groups in a launch of its own, because groups are made at the start."""
-    world: HorovodWorld = comm.init(group_size=2)
+    world = comm.init(group_size=2)
     group = world.group(2)
     members = group.gather_json(world.rank, name="members")
     model, optimizer = build(world, GNC(0.4, source="gathered"), exchange="group:2")

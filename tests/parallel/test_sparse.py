@@ -10,7 +10,7 @@ import hvdnoise
 from hvdnoise.comm import World
 from tests.parallel.toys import assert_ranks_agree, loss_of, raised, step, words, wrap
 
-WORLDS = ("gloo-2",)
+WORLDS = ("gloo-2", "torchrun-2")
 
 
 def check_sparse_gradients_under_noise(world: World) -> None:

@@ -32,7 +32,7 @@ from tests.parallel.toys import (
     wrap,
 )
 
-WORLDS = ("gloo-2", "mpi-2", "mpi-4")
+WORLDS = ("gloo-2", "mpi-2", "mpi-4", "torchrun-2")
 
 
 @on("gloo-2")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from hvdnoise.comm import World, environment, handshake
+from hvdnoise import DistributedOptimizer
+from hvdnoise.comm import World, environment, handshake, init
 from tests.checks import on
 from tests.launcher import attempt, launch
 
 WORLDS = ["threads-1", "threads-2", "threads-4", "none-1", "gloo-1", "gloo-2", "gloo-4",
-          "mpi-2", "mpi-4", "mpirun-1", "mpirun-2", "mpirun-4"]
+          "mpi-2", "mpi-4", "mpirun-1", "mpirun-2", "mpirun-4", "torchrun-2", "torchrun-4"]
 SEVERAL = [world for world in WORLDS if not world.endswith("-1")]
 REAL = [world for world in WORLDS if not world.startswith("threads")]
 WATCHDOG_SECONDS = 45  # import, 3 s of waiting, and the launcher's end, on a busy machine
@@ -146,7 +149,7 @@ def check_a_name_serves_again(world: World) -> None:
 
 @on(*SEVERAL)
 def check_ranks_that_disagree_are_told(world: World) -> None:
-    """Horovod compares the shapes of what is reduced; every rank gets the error, none hangs."""
+    """The shapes of what is reduced are compared; every rank gets the error, none hangs."""
     mine = torch.zeros(2 + (world.rank == 1))
     try:
         world.allreduce_(mine, name="disagree", op="sum").wait()
@@ -176,10 +179,59 @@ def check_handshake_names_ranks_and_keys(world: World) -> None:
     world.barrier("after.differ")
 
 
-@on("none-1", "gloo-2")
+@on("none-1", "gloo-2", "torchrun-2")
 def check_mpi4py_is_not_imported_without_mpi(world: World) -> None:
     assert "mpi4py" not in sys.modules
     world.barrier("mpi4py")
+
+
+@on("gloo-2", "torchrun-2")
+def check_horovod_is_not_imported_under_torchrun(world: World) -> None:
+    assert ("horovod" in sys.modules) is (world.transport != "torch")
+    world.barrier("horovod")
+
+
+class Fp16:
+    """As hvd.Compression.fp16, without importing Horovod."""
+
+
+@on("torchrun-2")
+def check_what_only_horovod_has_is_refused_in_one_line(world: World) -> None:
+    for options in ({"op": "adasum"}, {"compression": Fp16}, {"process_set": object()}):
+        model = torch.nn.Linear(2, 1)
+        try:
+            DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **options)
+            raise AssertionError(options)
+        except ValueError as error:
+            assert "Horovod's" in str(error) and "horovodrun" in str(error), error
+            assert "\n" not in str(error)
+    try:
+        init(comm=Communicator())
+        raise AssertionError("there is no MPI")
+    except ValueError as error:
+        assert "leave comm out" in str(error) and "\n" not in str(error)
+    world.barrier("refused")
+
+
+class Communicator:
+    """As mpi4py's."""
+
+    def Get_rank(self) -> int:
+        return 0
+
+
+@on("torchrun-4")
+def check_groups_negotiate_apart(world: Any) -> None:
+    """Each group in its own order and of other things, under the same name."""
+    init(group_size=2)
+    group = world.group(2)
+    shape = (3,) if world.rank < 2 else (5, 2)
+    mine = torch.full(shape, float(world.rank))
+    assert group.allreduce_(mine, name="apart", op="sum").wait()[0].flatten()[0] == \
+        (1.0 if world.rank < 2 else 5.0)
+    total = world.allreduce_(torch.ones(1), name="apart", op="sum").wait()
+    assert total.item() == 4 and group.broadcast_(
+        torch.tensor([world.rank]), root=1, name="root").wait().item() == world.rank // 2 * 2 + 1
 
 
 # ---- parts of an MPI world
@@ -286,3 +338,60 @@ def test_watchdog_names_the_collective_gloo() -> None:
 
 def test_watchdog_names_the_collective_mpi() -> None:
     _check_watchdog("mpirun")
+
+
+# ---- torch.distributed
+
+def inside_torch_distributed(place: str) -> dict[str, Any]:
+    """A program that has initialized torch.distributed, and uses it beside."""
+    import torch.distributed as dist
+
+    from hvdnoise import comm
+    if place:
+        given = comm.environment()
+        dist.init_process_group("gloo", init_method=f"file://{place}", rank=given["rank"],
+                                world_size=given["size"])
+    else:
+        dist.init_process_group("gloo")
+    first = torch.ones(1)
+    dist.all_reduce(first)
+    model = torch.nn.Linear(3, 1)
+    optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    model(torch.full((1, 3), float(dist.get_rank()))).sum().backward()
+    second = torch.ones(1)
+    dist.all_reduce(second)
+    optimizer.step()
+    world = comm.init()
+    comm.shutdown()
+    dist.barrier()  # it is the program's, and stays
+    return {"sums": [first.item(), second.item()], "transport": world.transport,
+            "gradient": model.weight.grad.tolist(), "rank": [world.rank, world.size]}
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
+def test_torch_distributed_that_is_initialized_is_used(launcher: str, tmp_path: Path) -> None:
+    """Also where mpirun started the ranks, and the program has told torch where they meet."""
+    place = str(tmp_path / "store") if launcher == "mpirun" else ""
+    seen = launch(2, f"{__file__}:inside_torch_distributed", launcher=launcher, timeout=60,
+                  args=(place,))
+    for rank, each in enumerate(seen):
+        assert each == {"sums": [2.0, 2.0], "transport": "torch", "rank": [rank, 2],
+                        "gradient": [[0.5, 0.5, 0.5]]}
+
+
+def start_horovod_under_torchrun() -> str:
+    import horovod.torch as hvd
+
+    from hvdnoise import comm
+    hvd.init()
+    try:
+        comm.init()
+    except RuntimeError as error:
+        return str(error)
+    return "each rank would train alone"
+
+
+def test_horovod_that_torchrun_did_not_start_is_refused() -> None:
+    seen = launch(2, f"{__file__}:start_horovod_under_torchrun", launcher="torchrun", timeout=60,
+                  env={"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"})
+    assert all("it knows 1 of 2 ranks" in each and "\n" not in each for each in seen), seen

@@ -82,14 +82,15 @@ def test_a_dry_run_says_what_differs_and_starts_nothing(run: Path, capsys: Any) 
 
 @pytest.mark.parametrize("ranks, transport, begins", [
     (1, "gloo", "python"), (2, "gloo", "horovodrun"), (3, "mpi", "mpirun"),
-    (2, None, "horovodrun")])
+    (2, "torch", "torchrun"), (2, None, "horovodrun")])
 def test_as_many_ranks_by_the_launcher_of_the_record(run: Path, ranks: int, transport: Any,
                                                      begins: str) -> None:
     change(run / "environment.json", ranks=ranks, transport=transport)
     change(run / "summary.json", ranks=ranks)
     words = command.words(ReproduceConfig("run"), read(run))
     assert Path(words[0]).name.startswith(begins)
-    assert ranks == 1 or words[words.index("-np") + 1] == str(ranks)
+    number = "--nproc-per-node" if begins == "torchrun" else "-np"
+    assert ranks == 1 or words[words.index(number) + 1] == str(ranks)
 
 
 def test_groups_of_several_hosts_stay_as_they_were(run: Path) -> None:
