@@ -14,10 +14,9 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Callable, Literal, Sequence, TypeVar
 
-from hvdnoise import comm
+from hvdnoise import comm, extras
 from hvdnoise.training import process
 from hvdnoise.training.config import ConfigError, TrainConfig
-from hvdnoise.training.options import parse
 from hvdnoise.training.output import make_lasting
 
 T = TypeVar("T")
@@ -93,6 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             *names, last = commands
             raise ConfigError(f"unknown command {command!r}: give {', '.join(names)} or {last}; "
                               "see hvdnoise --help")
+        if command != "doctor":
+            extras.require(f"hvdnoise {command}", *extras.EVERY_COMMAND,
+                           *extras.COMMANDS.get(command, ()))
         code = commands[command](rest, launched)
     except ConfigError as error:
         return process.refuse(str(error), launched)
@@ -106,6 +108,7 @@ def _parse(kind: type[T], arguments: Sequence[str], launched: dict[str, int], **
     silent = contextlib.redirect_stdout(io.StringIO()) if launched["rank"] else \
         contextlib.nullcontext()
     with silent:
+        from hvdnoise.training.options import parse
         return parse(kind, arguments, **options)
 
 
@@ -230,7 +233,11 @@ def _quadratic(arguments: Sequence[str], launched: dict[str, int]) -> int:
 
 
 def _doctor(arguments: Sequence[str], launched: dict[str, int]) -> int:
-    config = _parse(DoctorConfig, arguments, launched, program="hvdnoise doctor")
+    if arguments:
+        extras.require("hvdnoise doctor with options", *extras.EVERY_COMMAND)
+        config = _parse(DoctorConfig, arguments, launched, program="hvdnoise doctor")
+    else:  # it says what is missing, whatever that is
+        config = DoctorConfig()
     from hvdnoise.doctor import examine, version_line
     if config.versions:
         if launched["rank"] == 0:
@@ -254,6 +261,10 @@ def _in_world(launched: dict[str, int], facts: dict[str, Any],
     start_terminal(launched["rank"])
     try:
         world = comm.init(group_size=group_size)
+        if world.size != launched["size"]:
+            return process.refuse(
+                f"the launcher started {launched['size']} ranks and Horovod sees {world.size}: "
+                "they are of two MPIs; hvdnoise doctor says which, and the cure", launched)
         try:
             _handshake(world, {**versions(), **environment(), **facts})
             watched.enter("")
