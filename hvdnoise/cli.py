@@ -73,6 +73,11 @@ class DoctorConfig:
     versions: bool = False
 
 
+_PLAIN_DOCTORS = {  # which need no parser: a doctor says what is missing, whatever that is
+    (): DoctorConfig(), ("--launch", "false"): DoctorConfig(launch=False),
+    ("--versions",): DoctorConfig(versions=True)}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; returns its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -233,11 +238,10 @@ def _quadratic(arguments: Sequence[str], launched: dict[str, int]) -> int:
 
 
 def _doctor(arguments: Sequence[str], launched: dict[str, int]) -> int:
-    if arguments:
-        extras.require("hvdnoise doctor with options", *extras.EVERY_COMMAND)
+    config = _PLAIN_DOCTORS.get(tuple(arguments))
+    if config is None:
+        extras.require("hvdnoise doctor with such options", *extras.EVERY_COMMAND)
         config = _parse(DoctorConfig, arguments, launched, program="hvdnoise doctor")
-    else:  # it says what is missing, whatever that is
-        config = DoctorConfig()
     from hvdnoise.doctor import examine, version_line
     if config.versions:
         if launched["rank"] == 0:

@@ -67,7 +67,7 @@ def _findings(launched: dict[str, int], data_root: str, launch: bool, seconds: i
     yield from _packages()
     if importlib.util.find_spec("horovod") is not None:
         yield from _horovod()
-        found = mpis.parts(_path())
+        found = mpis.parts(_users_path())
         yield from _mpi(found)
         yield from _gpus()
         yield _collective()
@@ -133,7 +133,7 @@ def _mpi(found: dict[str, str]) -> Iterator[Finding]:
     if wrong := mpis.mixture(found):
         yield BROKEN, wrong
     elif found:
-        where = shutil.which("mpirun", path=_path())
+        where = shutil.which("mpirun", path=_users_path())
         yield OK, (f"{' and '.join(dict.fromkeys(found.values()))}, of {', '.join(found)}"
                    + f" ({where})" * (where is not None))
 
@@ -210,7 +210,13 @@ def _bounded(command: list[str], seconds: int) -> tuple[int | None, str]:
 
 
 def _path() -> str:
+    """As the launch scripts have it: the programs beside this Python come first."""
     return f"{_BIN}{os.pathsep}{os.environ.get('PATH', '')}"
+
+
+def _users_path() -> str:
+    """Where the user's own mpirun is found."""
+    return f"{os.environ.get('PATH', '')}{os.pathsep}{_BIN}"
 
 
 def _data(root: Path) -> Iterator[Finding]:

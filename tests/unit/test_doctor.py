@@ -17,12 +17,11 @@ from hvdnoise.training.records import code_digest
 SAID = {
     "mpirun (Open MPI) 4.1.4\n\nReport bugs to http://www.open-mpi.org/community/help/\n":
         "Open MPI 4.1.4",
-    "Open MPI v4.1.8, package: Open MPI user@localhost Distribution, ident: 4.1.8, repo rev: v4.1.8,"
-    " Feb 04, 2025\n": "Open MPI 4.1.8",
-    "HYDRA build details:\n    Version:                                 4.0.2\n    Release Date:   "
-    "                         Thu Apr  7 12:34:45 CDT 2022\n": "MPICH 4.0.2",
-    "MPICH Version:\t4.0.2\nMPICH Release date:\tThu Apr  7 12:34:45 CDT 2022\nMPICH ABI:\t13:12:1\n"
-    : "MPICH 4.0.2",
+    "Open MPI v4.1.8, package: Open MPI user@localhost Distribution, ident: 4.1.8, repo rev: "
+    "v4.1.8, Feb 04, 2025\n": "Open MPI 4.1.8",
+    "HYDRA build details:\n    Version:                                 4.0.2\n"
+    "    Release Date:                            Thu Apr  7 12:34:45 CDT 2022\n": "MPICH 4.0.2",
+    "MPICH Version:\t4.0.2\nMPICH Release date:\tThu Apr  7 12:34:45 CDT 2022\n": "MPICH 4.0.2",
     "Segmentation fault\n": "unknown (Segmentation fault)",
     "": "unknown (says nothing)",
 }
@@ -59,7 +58,7 @@ def first_on_the_path(folder: Path, monkeypatch: pytest.MonkeyPatch, said: str) 
     """An mpirun that is no more than this."""
     (folder / "mpirun").write_text(f"#!/bin/sh\necho '{said}'\n")
     (folder / "mpirun").chmod(0o755)
-    monkeypatch.setattr(doctor, "_path", lambda: f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 
 def test_all_parts_have_one_mpi_here() -> None:
@@ -70,13 +69,16 @@ def test_all_parts_have_one_mpi_here() -> None:
     assert verdict == doctor.OK and ", of Horovod, mpi4py, mpirun (/" in text
 
 
-def test_a_mixture_is_refused_with_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mixture_is_refused_with_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                            ) -> None:
     here = mpis.of_horovod()
     first_on_the_path(tmp_path, monkeypatch, "HYDRA build details:\n    Version:    4.0.2")
-    ((verdict, text),) = doctor._mpi(mpis.parts(doctor._path()))
+    ((verdict, text),) = doctor._mpi(mpis.parts(doctor._users_path()))
     assert verdict == doctor.BROKEN and "\n" not in text
     assert f"Horovod has {here}, mpi4py has {here}, mpirun is of MPICH 4.0.2" in text
     assert "first on the PATH" in text and "launch/setup.sh --mpi system" in text
+    assert " mpi-of-" not in doctor.version_line()  # this environment's own mpirun is used there
+    monkeypatch.setattr(doctor, "_BIN", tmp_path)
     assert f"mpi-of-Horovod={str(here).replace(' ', '-')} " in doctor.version_line()
     assert "mpi-of-mpirun=MPICH-4.0.2 " in doctor.version_line()
 
