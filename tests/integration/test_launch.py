@@ -415,7 +415,7 @@ def test_options_of_the_other_script() -> None:
 
 # ---- MPICH
 
-HYDRA = "if [ $1 = --version ]; then printf 'HYDRA build details:\\n    Version: 4.0.2\\n'; exit; fi"
+HYDRA = "if [ $1 = --version ]; then printf 'HYDRA build:\\n    Version: 4.0.2\\n'; exit; fi"
 
 
 def programs(folder: Path, **lines: str) -> str:
