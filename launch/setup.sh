@@ -165,10 +165,22 @@ find_mpi() { # sets mpi_bin and mpi_name; from then on this MPI is the first on 
 without() { awk -v "names=^($1)==" '/^[a-z]/ { skip = $0 ~ names } !skip' "$launch/requirements.lock"; }
 only() { awk -v "names=^($1)==" '/^[a-z]/ { take = $0 ~ names } take' "$launch/requirements.lock"; }
 
-install_mpi4py() { # built for this MPI; no cache, since pip's does not know of MPIs
-    only mpi4py >"$work/mpi4py.txt"
-    locked -r "$launch/mpi4py.lock" && run 1800 env MPICC="$mpi_bin/mpicc" "$venv/bin/python" -m pip install --progress-bar off --no-deps \
-        --no-cache-dir --no-binary mpi4py --no-build-isolation --require-hashes -r "$work/mpi4py.txt"
+install_mpi4py() { # from the cache, or built for this MPI and put there; pip's own cache knows of no MPIs
+    local wheels=("$kept"/mpi4py-*.whl)
+    if [[ ! -f ${wheels[0]} ]]; then
+        only mpi4py >"$work/mpi4py.txt"
+        locked -r "$launch/mpi4py.lock" &&
+            run 1800 env MPICC="$mpi_bin/mpicc" "$venv/bin/python" -m pip wheel --progress-bar off --no-deps -w "$work" \
+                --no-cache-dir --no-binary mpi4py --no-build-isolation --require-hashes -r "$work/mpi4py.txt" || return
+        wheels=("$work"/mpi4py-*.whl)
+        keep "${wheels[0]}"
+    fi
+    pip_install --no-deps --no-index --force-reinstall "${wheels[0]}"
+}
+
+keep() { # WHEEL in the cache, beside and renamed: no other set-up sees half a one. Without a cache it works too.
+    { mkdir -p "$kept" && cp "$1" "$kept/.part.$$" && printf '%s\n' "$recipe" >"$kept/recipe" &&
+        mv -f "$kept/.part.$$" "$kept/${1##*/}"; } || rm -f "$kept/.part.$$" || true
 }
 
 link_mpi() { # so that an activated environment finds it
@@ -223,9 +235,7 @@ install_horovod() { # from the cache, or built and put there
     pip_install --no-deps --no-index --force-reinstall "${wheels[0]}" || because "installing Horovod"
     loads none || because "trying the built Horovod"
 
-    # Beside and renamed: no other set-up sees half a wheel. Without a cache it works too.
-    { mkdir -p "$kept" && cp "${wheels[0]}" "$kept/.part.$$" && printf '%s\n' "$recipe" >"$kept/recipe" &&
-        mv -f "$kept/.part.$$" "$kept/${wheels[0]##*/}"; } || rm -f "$kept/.part.$$" || true
+    keep "${wheels[0]}"
 }
 
 configure_mpi() { # defaults for an ordinary machine; options and OMPI_MCA_* go before them
@@ -405,6 +415,7 @@ fi
 
 # --------------------------------------------------------------- the work itself
 
+site=$venv/lib/python$version/site-packages
 work=$(mktemp -d "$tmp/hvdnoise-setup.XXXXXX") || fail "cannot write in $tmp; make room, or name another folder: TMPDIR=..."
 horovod=$(sed -n 's/^horovod==\([^ ]*\).*/\1/p' "$launch/horovod.lock")
 

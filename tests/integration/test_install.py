@@ -13,12 +13,13 @@ import sys
 import tarfile
 import venv
 import zipfile
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Iterable
 
 import pytest
 
+from hvdnoise import extras
 from tests.launcher import ROOT, Ended, run_command
 
 LIBRARY = ("torch", "numpy", "horovod")
@@ -45,16 +46,22 @@ def build_wheel(source: Path, into: Path) -> Path:
     return wheel
 
 
+def clone(folder: Path) -> Path:
+    """What a clean clone has, and this working tree."""
+    listed = done(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], ROOT)
+    for name in listed.split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Wheels of a clean clone and of the sdist that was built in another."""
+    """Wheels of a clean clone and of the sdist that was built in another; nothing else stays."""
     work = tmp_path_factory.mktemp("build")
-    listed = done(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], ROOT)
-    for clone in ("clone", "other"):
-        for name in listed.split("\0"):
-            if name and (ROOT / name).is_file():
-                (work / clone / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, work / clone / name)
+    clone(work / "clone")
+    clone(work / "other")
     done([sys.executable, "-c", BUILD, str(work / "sdist")], work / "other")
     (archive,) = (work / "sdist").glob("hvdnoise-*.tar.gz")
     with tarfile.open(archive) as file:
@@ -83,7 +90,7 @@ def needed(names: Iterable[str]) -> set[str]:
     return found
 
 
-def environment(folder: Path, names: Iterable[str], wheel: Path) -> Path:
+def environment(folder: Path, names: Iterable[str], wheel: Path | None) -> Path:
     """The folder of the programs of a virtual environment with these packages and hvdnoise."""
     venv.create(folder, symlinks=True, with_pip=False)
     (site,) = folder.glob("lib/python*/site-packages")
@@ -93,8 +100,9 @@ def environment(folder: Path, names: Iterable[str], wheel: Path) -> Path:
         for top in tops - {"__pycache__"}:
             if not (site / top).exists():
                 (site / top).symlink_to(Path(str(here.locate_file(top))))
-    done([sys.executable, "-m", "pip", "-q", "--python", str(folder / "bin" / "python"), "install",
-          "--no-deps", "--no-index", str(wheel)], folder)
+    if wheel is not None:
+        done([sys.executable, "-m", "pip", "-q", "--python", str(folder / "bin" / "python"),
+              "install", "--no-deps", "--no-index", str(wheel)], folder)
     horovodrun = Path(sys.executable).with_name("horovodrun").read_text()
     mine = folder / "bin" / "horovodrun"
     mine.write_text(horovodrun.replace(sys.executable, str(folder / "bin" / "python")))
@@ -243,3 +251,21 @@ def test_two_ranks_train_from_a_wheel(bare_trainer: Path, tmp_path: Path) -> Non
     assert not again.verdict(), again.report()
     other = json.loads((tmp_path / "again" / "summary.json").read_text())
     assert found["weights_sha256"] == other["weights_sha256"]
+
+
+@pytest.mark.parallel
+def test_setup_keeps_the_horovod_that_is_installed(tmp_path: Path) -> None:
+    """It adds hvdnoise to that environment, and starts two ranks there; no index is needed."""
+    names = {package for package, extra in extras.PACKAGES.values() if extra != "mpi"}
+    names |= {*LIBRARY, "pip", "setuptools", "wheel"}
+    theirs = environment(tmp_path / "theirs", names, None)
+    tree = clone(tmp_path / "tree")
+    ended = run_command(1, [str(tree / "launch" / "setup.sh"), "--horovod", "installed"],
+                        launcher="none", cwd=tmp_path, timeout=300, env={
+                            **SETTINGS, "PYTHONPATH": "", "PATH": "/usr/bin:/bin",
+                            "PYTHON": str(theirs / "python"), "PIP_NO_INDEX": "1"})
+    assert not ended.verdict(), ended.report()
+    for said in (rf"kept: .*horovod=={version('horovod')} .*torch=={re.escape(version('torch'))}",
+                 r"ok +two ranks under horovodrun --gloo", rf"ready: put {theirs} first"):
+        assert re.search(said, ended.output), (said, ended.report())
+    assert (theirs / "hvdnoise").is_file() and not (tree / ".venv").exists()
