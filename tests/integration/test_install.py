@@ -20,6 +20,7 @@ from typing import Iterable
 import pytest
 
 from hvdnoise import extras
+from hvdnoise.cli import _USAGE
 from tests.launcher import ROOT, Ended, run_command
 
 LIBRARY = ("torch", "numpy", "horovod")
@@ -179,34 +180,27 @@ def test_the_library_alone(library: Path, tmp_path: Path) -> None:
         assert float(spent) < 0.4  # 0.1 s alone; this is the time of the processor on a busy one
 
 
-def refused(program: Path, arguments: list[str], cwd: Path) -> str:
-    ended = started(program, arguments, cwd)
-    lines = ended.output.splitlines()
-    assert ended.exit_code == 2 and len(lines) == 1, ended.report()
-    assert not list(cwd.iterdir())
-    return lines[0]
+def errors(program: Path, calls: Iterable[list[str]], cwd: Path) -> tuple[list[str], Ended]:
+    """The one error line of each command; all in one process, as to import torch takes seconds."""
+    script = (f"import sys, hvdnoise.cli\nfor call in {[*calls]}:\n"
+              "    print('CODE', hvdnoise.cli.main(call), file=sys.stderr)\n")
+    ended = started(program, ["-c", script], cwd)
+    assert "Traceback" not in ended.output and not list(cwd.iterdir()), ended.report()
+    return re.findall(r"^hvdnoise: error: (.*)\nCODE 2$", ended.output, re.MULTILINE), ended
 
 
 def test_commands_without_their_packages_say_which_extra(library: Path, tmp_path: Path) -> None:
-    """All of them in one process: each import of torch takes a second."""
-    from hvdnoise.cli import _USAGE
-    commands = re.findall(r"hvdnoise (\w+)[ \[]", _USAGE)
-    assert len(commands) >= 11
-    script = ("import sys, hvdnoise.cli\n"
-              f"for command in {sorted({*commands} - {'doctor'})}:\n"
-              "    print(command, hvdnoise.cli.main([command]), file=sys.stderr)\n"
-              "print('doctor', hvdnoise.cli.main(['doctor', '--versions']), file=sys.stderr)\n"
-              "print('help', hvdnoise.cli.main(['--help']) or '', file=sys.stderr)\n")
-    ended = started(library / "python", ["-c", script], tmp_path)
-    assert "Traceback" not in ended.output, ended.report()
-    errors = re.findall(r"^hvdnoise: error: (.*)\n(\w+) (\d)$", ended.output, re.MULTILINE)
-    assert {command for _, command, _ in errors} == {*commands} - {"doctor"}, ended.report()
-    assert re.search("^versions .*torchvision=not-installed", ended.output, re.MULTILINE)
-    for text, command, code in errors:
-        extra = "trainer,report" if command in ("measure", "report", "study", "quadratic") else \
-            "trainer"
-        assert code == "2" and text.startswith(f"hvdnoise {command}")
+    commands = {*re.findall(r"hvdnoise (\w+)[ \[]", _USAGE)} - {"doctor"}
+    assert len(commands) >= 10
+    plain = [["doctor", "--versions"], ["--help"]]
+    found, ended = errors(library / "python", [*([each] for each in commands), *plain], tmp_path)
+    assert {text.split()[1] for text in found} == commands, ended.report()
+    for text in found:
+        report = text.split()[1] in ("measure", "report", "study", "quadratic")
+        extra = "trainer,report" if report else "trainer"
         assert "jsonargparse" in text and text.endswith(f"pip install 'hvdnoise[{extra}]'"), text
+    assert re.search("^versions .*torchvision=not-installed", ended.output, re.MULTILINE)
+    assert ended.output.count("CODE 0") == len(plain), ended.report()
 
 
 def test_the_doctor_of_the_library_alone(library: Path, tmp_path: Path) -> None:
@@ -225,15 +219,20 @@ SMALL = ["train", "--data.dataset", "synthetic", "--data.num_examples", "32", "-
          "--noise.kind", "gnc", "--noise.radius", "0.05", "--run_dir", "run"]
 
 
-@pytest.mark.parametrize("setting, package", [
-    (["--tensorboard", "true"], "tensorboard"), (["--optim.name", "lars"], "pytorch_optimizer"),
-    (["--data.dataset", "cifar10"], "torchvision"), (["--model", "alexnet"], "torchvision"),
-    (["--data.dataset", "imagefolder"], "torchvision")])
-def test_settings_without_their_packages(bare_trainer: Path, tmp_path: Path, setting: list[str],
-                                         package: str) -> None:
-    said = refused(bare_trainer / "hvdnoise", ["train", "--tensorboard", "false", *setting],
-                   tmp_path)
-    assert f"needs {package}, which is not installed: pip install 'hvdnoise[trainer]'" in said
+def test_settings_without_their_packages(bare_trainer: Path, tmp_path: Path) -> None:
+    settings = {"tensorboard=true (false does without) needs tensorboard": [],
+                "optim.name=lars needs pytorch_optimizer": ["--optim.name", "lars"],
+                "data.dataset=cifar10 needs torchvision": ["--data.dataset", "cifar10"],
+                "data.dataset=imagefolder needs torchvision": ["--data.dataset", "imagefolder"],
+                "none of hvdnoise's own needs torchvision": ["--model", "alexnet"]}
+    found, ended = errors(bare_trainer / "python", [
+        ["train", "--tensorboard", str(not flags).lower(), *flags] for flags in settings.values()
+    ] + [["bench", "--out", "x"]], tmp_path)
+    assert len(found) == len(settings) + 1, ended.report()
+    for text, expected in zip(found, settings):
+        assert f"{expected}, which is not installed: pip install 'hvdnoise[trainer]'" in text
+    assert found[-1] == ("--out needs matplotlib, which is not installed: "
+                         "pip install 'hvdnoise[report]'")
 
 
 @pytest.mark.parallel
