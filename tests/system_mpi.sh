@@ -52,6 +52,7 @@ mkdir -p "$system"/{src,etc/ssl/certs,root/.cache/hvdnoise}
 (cd "$root" && git ls-files -co --exclude-standard | tar -c -T - | tar -x -C "$system/src")
 rm -rf "$system/src/runs"
 cp -L /etc/resolv.conf "$system/etc/resolv.conf"
+printf '127.0.0.1 localhost\n127.0.1.1 %s\n' "$(hostname)" >"$system/etc/hosts" # as in any container
 [[ ! -s ${PIP_CERT-} ]] || cp -L "$PIP_CERT" "$system/etc/ssl/certs/ca-certificates.crt"
 apt-config dump 2>/dev/null | grep -E '^Acquire::(https?::|ForceIPv)' >"$system/etc/apt/apt.conf.d/99-of-this-machine" || true
 python3 -m pip config list 2>/dev/null | sed -nE "s/^(global|install|:env:)\.([a-z-]+)='(.*)'\$/\2=\3/p" |
