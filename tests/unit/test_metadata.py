@@ -45,6 +45,9 @@ def test_the_least_versions_are_those_that_tests_have_run_with() -> None:
     claimed, oldest = bounds(), pins("oldest.lock")
     assert claimed.pop("mpi4py") == pins("requirements.lock")["mpi4py"]  # no older one was tried
     assert claimed == oldest
+    text = (ROOT / "launch" / "oldest.lock").read_text()
+    python = re.search(r"under Python ([\d.]+\d)", text)
+    assert python and f"python_requires = >={python[1]}\n" in (ROOT / "setup.cfg").read_text()
 
 
 def test_the_library_alone_needs_torch_and_numpy() -> None:
