@@ -14,10 +14,9 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Callable, Literal, Sequence, TypeVar
 
-from hvdnoise import comm
+from hvdnoise import comm, extras
 from hvdnoise.training import process
 from hvdnoise.training.config import ConfigError, TrainConfig
-from hvdnoise.training.options import parse
 from hvdnoise.training.output import make_lasting
 from hvdnoise.world import TransportError
 
@@ -75,6 +74,11 @@ class DoctorConfig:
     versions: bool = False
 
 
+_PLAIN_DOCTORS = {  # which need no parser: a doctor says what is missing, whatever that is
+    (): DoctorConfig(), ("--launch", "false"): DoctorConfig(launch=False),
+    ("--versions",): DoctorConfig(versions=True)}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; returns its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -94,6 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             *names, last = commands
             raise ConfigError(f"unknown command {command!r}: give {', '.join(names)} or {last}; "
                               "see hvdnoise --help")
+        if command != "doctor":
+            extras.require(f"hvdnoise {command}", *extras.EVERY_COMMAND,
+                           *extras.COMMANDS.get(command, ()))
         code = commands[command](rest, launched)
     except ConfigError as error:
         return process.refuse(str(error), launched)
@@ -107,6 +114,7 @@ def _parse(kind: type[T], arguments: Sequence[str], launched: dict[str, int], **
     silent = contextlib.redirect_stdout(io.StringIO()) if launched["rank"] else \
         contextlib.nullcontext()
     with silent:
+        from hvdnoise.training.options import parse
         return parse(kind, arguments, **options)
 
 
@@ -234,7 +242,10 @@ def _quadratic(arguments: Sequence[str], launched: dict[str, int]) -> int:
 
 
 def _doctor(arguments: Sequence[str], launched: dict[str, int]) -> int:
-    config = _parse(DoctorConfig, arguments, launched, program="hvdnoise doctor")
+    config = _PLAIN_DOCTORS.get(tuple(arguments))
+    if config is None:
+        extras.require("hvdnoise doctor with such options", *extras.EVERY_COMMAND)
+        config = _parse(DoctorConfig, arguments, launched, program="hvdnoise doctor")
     from hvdnoise.doctor import examine, version_line
     if config.versions:
         if launched["rank"] == 0:

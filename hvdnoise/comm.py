@@ -74,15 +74,16 @@ def init(comm: Any = None, *, group_size: int | None = None) -> World:
         ValueError: when ``comm`` is no communicator, or Horovod is not used, or was started already
             without it, or ``HVDNOISE_TIMEOUT`` or another limit in the environment is none
             (`hvdnoise.limits`).
-        TransportError: where Horovod is needed and not installed, or was started under torchrun.
+        TransportError: where Horovod is needed and not installed, or knows this rank alone.
     """
     if uses_torch():
         if comm is not None:
             needs_horovod("a communicator", "leave comm out, or start with mpirun")
         from hvdnoise import torch_world
         return torch_world.world(group_size)
+    world = horovod_world.init(comm, group_size)
     _check_horovod()
-    return horovod_world.init(comm, group_size)
+    return world
 
 
 def world_of(process_set: Any = None) -> World:
@@ -104,13 +105,19 @@ def world_of(process_set: Any = None) -> World:
 
 
 def _check_horovod() -> None:
-    """Horovod that was started under torchrun knows this rank alone, which would train alone."""
-    if launcher() == "torchrun" and horovod_world.running():
-        size, known = environment()["size"], horovod_world.size()
-        if known != size:
-            raise TransportError(f"hvd.init() has started Horovod under torchrun, and it knows "
-                                 f"{known} of {size} ranks: call hvdnoise.init() instead, or start "
-                                 "with horovodrun")
+    """Refuse a rank that would train alone: Horovod was started under torchrun, or under the mpirun
+    of another MPI. Whoever means it gives `init` a communicator."""
+    started_by, size = launcher(), environment()["size"]
+    if not horovod_world.running() or horovod_world.given_comm or \
+            horovod_world.size() > 1 or size == 1:
+        return
+    if started_by == "torchrun":
+        raise TransportError(f"hvd.init() has started Horovod under torchrun, and it knows 1 of "
+                             f"{size} ranks: call hvdnoise.init() instead, or start with "
+                             "horovodrun")
+    raise TransportError(f"{started_by} started {size} ranks, and Horovod knows 1 of them: look with "
+                         "hvdnoise doctor for two MPIs; if each is to train alone, call "
+                         "hvdnoise.init(MPI.COMM_SELF)")
 
 
 def shutdown() -> None:

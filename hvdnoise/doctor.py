@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from hvdnoise import comm
+from hvdnoise import comm, extras, mpis
 from hvdnoise.training.datasets import DATASETS
 from hvdnoise.training.fetch import SHARED
-from hvdnoise.training.records import first_line, versions
+from hvdnoise.training.records import versions
 
 OK, NOTE, BROKEN = "ok", "note", "BROKEN"
 Finding = tuple[str, str]  # verdict, text
@@ -48,9 +48,17 @@ def examine(launched: dict[str, int], *, data_root: str, launch: bool, seconds: 
 def version_line() -> str:
     """What must be equal on all hosts of a run, as ``versions name=value ...``, without spaces in
     a value: the launch scripts compare it between hosts."""
-    found = {**versions(), "mpi": (_mpi_version() or "none").split()[-1]}
+    found = {**versions(), "mpi": "none", **_mpi_names()}
     return " ".join(["versions", *(f"{name}={value.replace(' ', '-')}"
                                    for name, value in sorted(found.items()))])
+
+
+def _mpi_names() -> dict[str, str]:
+    """The one MPI of all, or that of each part."""
+    found = mpis.parts(_path())
+    names = set(found.values())
+    return {"mpi": names.pop()} if len(names) == 1 else \
+        {f"mpi-of-{part}": name for part, name in found.items()}
 
 
 def _findings(launched: dict[str, int], data_root: str, launch: bool, seconds: int
@@ -59,11 +67,12 @@ def _findings(launched: dict[str, int], data_root: str, launch: bool, seconds: i
     yield from _packages()
     if importlib.util.find_spec("horovod") is not None:
         yield from _horovod()
-        yield from _mpi()
+        found = mpis.parts(_users_path())
+        yield from _mpi(found)
         yield from _gpus()
         yield _collective()
         if launched["size"] == 1 and launch:
-            yield from _launches(seconds)
+            yield from _launches(seconds, found.get("mpirun", ""))
     else:  # torchrun starts the ranks
         yield from _gpus()
         yield _collective()
@@ -78,12 +87,25 @@ def _python() -> Finding:
 
 
 def _packages() -> Iterator[Finding]:
-    for name in ("torch", "torchvision", "horovod", "mpi4py", "jsonargparse", "pytorch_optimizer",
-                 "tensorboard", "tqdm"):
+    for name in ("torch", "numpy", "horovod"):
         try:
             yield OK, f"{name} {version(name)}"
         except PackageNotFoundError:
-            yield BROKEN, f"{name} is not installed: run launch/setup.sh"
+            if name == "horovod":
+                yield NOTE, "horovod is not installed: run launch/setup.sh, or start with torchrun"
+            else:
+                yield BROKEN, f"{name} is not installed: pip install {name}"
+    for extra, modules in extras.by_extra().items():
+        lacking = [extras.PACKAGES[each][0] for each in extras.missing(*modules)]
+        there = [extras.PACKAGES[each][0] for each in modules]
+        if lacking:
+            yield NOTE, (f"extra {extra}: without {', '.join(lacking)}; "
+                         f"pip install 'hvdnoise[{extra}]'")
+        else:
+            yield OK, f"extra {extra}: {', '.join(f'{each} {version(each)}' for each in there)}"
+    for name, found, least in extras.too_old():
+        yield BROKEN, (f"{name} {found} is older than {least}, the oldest that hvdnoise was tested "
+                       f"with: pip install --upgrade {name}")
 
 
 def _horovod() -> Iterator[Finding]:
@@ -106,22 +128,17 @@ def _horovod() -> Iterator[Finding]:
                        "run launch/setup.sh --gpu")
 
 
-def _mpi() -> Iterator[Finding]:
-    first = _mpi_version()
-    if first is None:
+def _mpi(found: dict[str, str]) -> Iterator[Finding]:
+    if "mpirun" not in found:
         yield NOTE, "no mpirun on the PATH: horovodrun --gloo works without; else launch/setup.sh"
-    elif "Open MPI) 5" in first:
-        yield NOTE, f"{first}: horovodrun --mpi needs 4.1; start with mpirun itself"
-    else:
-        yield OK, f"{first} ({shutil.which('mpirun', path=_path())})"
-
-
-def _mpi_version() -> str | None:
-    """What mpirun says of itself; None where there is none."""
-    path = shutil.which("mpirun", path=_path())
-    if path is None:
-        return None
-    return first_line(path, "--version") or "says nothing"
+    elif "Open MPI 5" in found["mpirun"]:
+        yield NOTE, f"{found['mpirun']}: horovodrun --mpi needs 4.1; start with mpirun itself"
+    if wrong := mpis.mixture(found):
+        yield BROKEN, wrong
+    elif found:
+        where = shutil.which("mpirun", path=_users_path())
+        yield OK, (f"{' and '.join(dict.fromkeys(found.values()))}, of {', '.join(found)}"
+                   + f" ({where})" * (where is not None))
 
 
 def _gpus() -> Iterator[Finding]:
@@ -152,11 +169,12 @@ def _collective() -> Finding:
     return OK, f"an allreduce over {size} rank{'s' * (size > 1)} gave the right sum"
 
 
-def _launches(seconds: int) -> Iterator[Finding]:
+def _launches(seconds: int, mpi: str) -> Iterator[Finding]:
     again = [sys.executable, "-m", "hvdnoise", "doctor", "--launch", "false"]
     build = comm.build_report()
+    more = ["--oversubscribe"] if mpi.startswith("Open MPI") else []
     for built, launcher in (("gloo_built", ["horovodrun", "--gloo", "-np", "2"]),
-                            ("mpi_built", ["mpirun", "--oversubscribe", "-np", "2"])):
+                            ("mpi_built", ["mpirun", *more, "-np", "2"])):
         program = shutil.which(launcher[0], path=_path())
         if not build[built] or program is None:
             yield NOTE, f"two ranks under {launcher[0]}: not tried, it is not there"
@@ -195,7 +213,13 @@ def _bounded(command: list[str], seconds: int) -> tuple[int | None, str]:
 
 
 def _path() -> str:
+    """As the launch scripts have it: the programs beside this Python come first."""
     return f"{_BIN}{os.pathsep}{os.environ.get('PATH', '')}"
+
+
+def _users_path() -> str:
+    """Where the user's own mpirun is found."""
+    return f"{os.environ.get('PATH', '')}{os.pathsep}{_BIN}"
 
 
 def _data(root: Path) -> Iterator[Finding]:

@@ -152,10 +152,12 @@ def _horovod() -> Any:
 
 _counts: defaultdict[int, Counter[str]] = defaultdict(Counter)  # by process set
 _orders: defaultdict[int, FinishOrder] = defaultdict(FinishOrder)
+given_comm = False  # whether `init` was given a communicator
 
 
 def init(comm: Any, group_size: int | None) -> HorovodWorld:
     """`hvdnoise.comm.init`, over Horovod."""
+    global given_comm
     hvd = _horovod()
     if comm is not None and not hasattr(comm, "Get_rank"):
         raise ValueError(f"comm={comm!r} is no mpi4py communicator: pass one, or nothing to use "
@@ -176,6 +178,7 @@ def init(comm: Any, group_size: int | None) -> HorovodWorld:
         raise_gloo_timeout(watched.limits)
         with watched.phase("start"), watched.waiting_for("hvd.init"):
             hvd.init(comm=comm, process_sets=[hvd.ProcessSet(ranks) for ranks in groups])
+    given_comm = comm is not None
     return HorovodWorld()
 
 

@@ -67,4 +67,6 @@ def environment(variables: Mapping[str, str] | None = None) -> dict[str, int]:
 def job(variables: Mapping[str, str] | None = None) -> dict[str, str]:
     """What tells a launch from others on the same host; empty where no launcher says."""
     given = os.environ if variables is None else variables
-    return {name: given[name] for name in _JOB_VARIABLES if name in given}
+    # MPICH's mpirun says nothing, and its own processes have what launch/mpirun.sh says
+    names = (*_JOB_VARIABLES, "HVDNOISE_LAUNCH") if "PMI_RANK" in given else _JOB_VARIABLES
+    return {name: given[name] for name in names if name in given}

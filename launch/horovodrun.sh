@@ -38,6 +38,9 @@ parse "$@"
 find_hvdnoise
 [[ $controller == gloo ]] || command -v mpirun >/dev/null ||
     fail 2 "--mpi, and no mpirun beside $hvdnoise or on the PATH; run launch/setup.sh, or leave --mpi out"
+find_mpi
+[[ $controller == gloo || $mpi == openmpi ]] ||
+    fail 2 "--mpi, and horovodrun does not know MPICH's mpirun; use launch/mpirun.sh, or leave --mpi out"
 keep_listed_variables
 set_defaults
 set_up_ssh

@@ -7,7 +7,7 @@ program=${0##*/}
 hosts=() slots=() passed=() train=()
 np='' least='' interface='' port='' identity='' controller=gloo
 mark='' end=''
-hvdnoise='' launcher='' stopping='' lost='' signalled=''
+hvdnoise='' mpi='' launcher='' stopping='' lost='' signalled=''
 outlives='' lost_host='' first_rank=- first_code=- first_how='' cause=''
 look_seconds=50 # for what is done on one host before a launch; all hosts at once
 save_seconds=60 # that ranks get to save after a SIGTERM
@@ -148,6 +148,13 @@ find_hvdnoise() {
     PATH=$bin:$PATH
 }
 
+find_mpi() { # sets mpi to whose mpirun is the first on the PATH: openmpi or mpich
+    mpi=openmpi
+    [[ $(timeout 20 mpirun --version 2>&1) != *HYDRA* ]] || mpi=mpich
+    [[ $mpi == openmpi || $interface != */* ]] ||
+        fail 2 "--interface is '$interface'; MPICH's mpirun takes a name such as eth0"
+}
+
 # What other processes see is a short list: Horovod's Gloo launch writes every
 # variable on the command line of every rank, where all users of a host read it.
 keep_listed_variables() {
@@ -158,6 +165,7 @@ keep_listed_variables() {
 listed() { # NAME: whether a launcher may have this variable
     case $1 in
         HOME | USER | LOGNAME | TERM | TMPDIR | SSH_AUTH_SOCK | CUDA_VISIBLE_DEVICES) ;;
+        HYDRA_*) ;;
         SLURM_* | PMI_* | PMIX_* | OMPI_* | OPAL_*) [[ $program == mpirun.sh || $1 == O* ]] ;;
         *) travels "$1" ;;
     esac
@@ -166,7 +174,7 @@ listed() { # NAME: whether a launcher may have this variable
 travels() { # NAME: whether ranks on other hosts need it, too
     case $1 in
         PATH | LD_LIBRARY_PATH | PYTHONPATH | PYTHONUNBUFFERED | LANG | LC_ALL | TZ | OMP_NUM_THREADS) ;;
-        CUBLAS_WORKSPACE_CONFIG | HOROVOD_* | HVDNOISE_* | NCCL_* | UCX_*) ;;
+        CUBLAS_WORKSPACE_CONFIG | HOROVOD_* | HVDNOISE_* | NCCL_* | UCX_* | FI_* | MPIR_CVAR_*) ;;
         *) [[ " ${passed[*]} " == *" $1 "* ]] ;;
     esac
 }
@@ -185,6 +193,7 @@ set_defaults() { # of Open MPI; what the environment says goes before
     [[ $interface ]] || return 0
     export OMPI_MCA_btl_tcp_if_include=$interface OMPI_MCA_oob_tcp_if_include=$interface
     [[ $interface == */* ]] || export HOROVOD_GLOO_IFACE=$interface NCCL_SOCKET_IFNAME=$interface
+    [[ $mpi != mpich ]] || export FI_TCP_IFACE=$interface UCX_NET_DEVICES=$interface
 }
 
 mpi_prefix() { dirname "$(dirname "$(realpath "$(command -v mpirun)")")"; } # where other hosts find orted
@@ -194,6 +203,7 @@ set_up_ssh() {
     command -v ssh >/dev/null && PATH=$launch/bin:$PATH
     ssh_arguments=(${OMPI_MCA_plm_rsh_args-} ${port:+-p "$port"} ${identity:+-i "$identity"})
     ((${#ssh_arguments[@]} == 0)) || export OMPI_MCA_plm_rsh_args="${ssh_arguments[*]}"
+    [[ $mpi != mpich ]] || export launch_ssh_arguments="${ssh_arguments[*]}" # for launch/bin/ssh
 }
 
 # ----------------------------------------------------------- on all hosts at once
@@ -261,6 +271,8 @@ $look"
     wait "${looking_PID-}" 2>/dev/null || true # or bash says of the next one that this is still there
     trap - TERM INT HUP
     known=${answers[localhost]##*$'\t'}
+    [[ $controller == gloo && $program != mpirun.sh || $known != *' mpi-of-'* ]] ||
+        fail 1 "this machine has a mixture of MPIs ($(grep -oE 'mpi-of-[^ ]*' <<<"$known" | sed 's/mpi-of-//; s/=/ has /' | paste -sd ',')); put the mpirun of Horovod's MPI first on the PATH, or run launch/setup.sh --mpi system"
     for host in localhost "${hosts[@]}"; do
         [[ ${answers[$host]-} ]] || continue # this machine, by its name
         said=$(what_is_wrong "$host" "${answers[$host]%% *}" "${answers[$host]#* }" "${known#* }")
@@ -377,8 +389,8 @@ listen() {
             how=${how:-by an exit in mid-run}
         elif [[ $line =~ ^\ *Process\ name:\ (\[\[.*,)?([0-9]+)\]?$ ]]; then
             rank=${rank:-${BASH_REMATCH[2]}}
-        elif [[ $line =~ ^\ *Exit\ code:\ *([0-9]+)$ ]]; then
-            code=${code:-${BASH_REMATCH[1]}} how=${how:-with exit code ${BASH_REMATCH[1]}}
+        elif [[ $line =~ ^(\ *Exit\ code:|=\ +EXIT\ CODE:)\ *([0-9]+)$ ]]; then
+            code=${code:-${BASH_REMATCH[2]}} how=${how:-with exit code ${BASH_REMATCH[2]}}
         fi
     done
     printf %s "$held" >&2
@@ -436,7 +448,7 @@ lose() {
 ask_ranks() {
     local host
     for host in localhost "${hosts[@]}"; do
-        [[ $(on_host 15 "for each in \$(grep -lsz '$marked' /proc/[0-9]*/environ | xargs -r grep -lszE '^(HOROVOD|OMPI_COMM_WORLD)_RANK='); do
+        [[ $(on_host 15 "for each in \$(grep -lsz '$marked' /proc/[0-9]*/environ | xargs -r grep -lszE '^(HOROVOD|OMPI_COMM_WORLD|PMI)_RANK='); do
     each=\${each%/environ}
     if grep -qsz '^train\$' \$each/cmdline && kill -TERM \${each#/proc/}; then echo told; exit; fi
 done" "$host") != *told ]] || return 0

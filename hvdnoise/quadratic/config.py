@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from hvdnoise import extras
 from hvdnoise.quadratic.cases import Case, known
 from hvdnoise.quadratic.problem import Problem
 from hvdnoise.quadratic.theory import growth
@@ -101,6 +102,7 @@ def validate(config: QuadraticConfig, ranks: int) -> list[Case]:
             f"{config.batch_size}), or a larger batch_size")
     _check_stable(config, problem, cases)
     if config.out is not None:
+        extras.require("--out", "matplotlib")
         require_folder(Path(config.out), FILE, "such results", overwrite=config.overwrite)
     require(config.out is not None or not config.overwrite, "overwrite", "true",
             "it goes with --out")

@@ -11,7 +11,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hvdnoise.training.errors import DataError
 
@@ -44,6 +44,7 @@ class DataRecord(ABC):
         package: Debian's package that puts the archives into /usr/share/datasets/NAME.
     """
 
+    needs: ClassVar[tuple[str, ...]] = ()  # of `extras.PACKAGES`
     name: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -112,6 +113,7 @@ class _Torchvision(ArrayRecord):
         kind: torchvision's class.
     """
 
+    needs = ("torchvision",)
     kind: str
 
     def arrays(self, config: DataConfig, seed: int, part: str) -> Arrays:
@@ -181,6 +183,8 @@ class _Cifar(_Torchvision):
 @dataclass(frozen=True, kw_only=True)
 class _Folders(DataRecord):
     """ROOT/train/CLASS/IMAGE and ROOT/val/CLASS/IMAGE."""
+
+    needs = ("torchvision",)
 
     def count(self, config: DataConfig) -> tuple[int, int]:
         from hvdnoise.training import folder

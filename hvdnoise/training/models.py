@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hvdnoise import extras
 from hvdnoise.training.residual import (
     LAYERS,
     CifarResNet,
@@ -154,6 +155,7 @@ def _vgg16_bn(norm: str, num_classes: int, image_shape: tuple[int, int, int]) ->
 
 
 def _torchvision_names() -> list[str]:
+    extras.require("a model that is none of hvdnoise's own", "torchvision")
     from torchvision import models
     found: list[str] = models.list_models(module=models)
     return found

@@ -172,6 +172,7 @@ def _lamb(groups: list[dict[str, Any]], config: OptimConfig) -> Optimizer:
 
 _BUILDERS: dict[str, Callable[[list[dict[str, Any]], OptimConfig], Optimizer]] = {
     "sgd": _sgd, "adamw": _adamw, "lars": _lars, "lamb": _lamb}
+NEEDS = {"lars": ("pytorch_optimizer",), "lamb": ("pytorch_optimizer",)}  # see `extras.PACKAGES`
 _SCALINGS = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}  # exponent of B / base_batch
 
 

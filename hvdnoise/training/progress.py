@@ -8,8 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-
-from tqdm import tqdm
+from typing import Any
 
 log = logging.getLogger("hvdnoise")
 
@@ -18,6 +17,7 @@ class _Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if not getattr(record, "terminal", True):  # said there already, in its own way
             return
+        from tqdm import tqdm
         warning = record.levelno >= logging.WARNING
         tqdm.write(("warning: " if warning else "") + record.getMessage(),
                    file=sys.stderr if warning else sys.stdout)
@@ -41,8 +41,11 @@ class Progress:
         self._unit = unit
         self.total, self._done, self._started, self._first = total, done, time.monotonic(), done
         self._lines = rank == 0 and style == "lines"
-        self._bar = tqdm(total=total, initial=done, unit=unit, mininterval=0.5,
-                         dynamic_ncols=True) if rank == 0 and style == "bar" else None
+        self._bar: Any = None
+        if rank == 0 and style == "bar":
+            from tqdm import tqdm
+            self._bar = tqdm(total=total, initial=done, unit=unit, mininterval=0.5,
+                             dynamic_ncols=True)
 
     def step(self) -> None:
         self._done += 1

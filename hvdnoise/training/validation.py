@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from hvdnoise import extras
 from hvdnoise.exchange_plan import Shape
 from hvdnoise.noise.base import LayerNoise, WeightNoise, part
 from hvdnoise.plans import choose
@@ -23,7 +24,8 @@ def validate(config: TrainConfig, size: int) -> None:
     Raises:
         ConfigError: one line with the value that is wrong and the remedy.
     """
-    for check in (_check_numbers, _check_batch, _check_noise, _check_names, _check_folders):
+    for check in (_check_packages, _check_numbers,
+                  _check_batch, _check_noise, _check_names, _check_folders):
         with one_line_errors():
             check(config, size)
 
@@ -52,6 +54,14 @@ def require_device(device: str) -> None:
         import torch
         require(torch.cuda.is_available(), "device", "cuda",
                 "torch sees no GPU here; use device=auto or cpu, or a CUDA build of torch")
+
+
+def _check_packages(config: TrainConfig, size: int) -> None:
+    from hvdnoise.training.optim import NEEDS
+    if config.tensorboard:
+        extras.require("tensorboard=true (false does without)", "tensorboard")
+    extras.require(f"data.dataset={config.data.dataset}", *config.data.record.needs)
+    extras.require(f"optim.name={config.optim.name}", *NEEDS.get(config.optim.name, ()))
 
 
 def _check_numbers(config: TrainConfig, size: int) -> None:

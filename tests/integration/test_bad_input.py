@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.running import error_lines, hvdnoise
-from tests.launcher import ROOT, Ended
+from tests.integration.running import HVDNOISE, error_lines, hvdnoise
+from tests.launcher import ROOT, Ended, run_command
 
 SECONDS = 60.0  # a refusal that waits for nobody; a busy machine needs 20 for two ranks
 SYNTHETIC = ["--data.dataset", "synthetic", "--data.num_examples", "64", "--data.image_size", "8",
@@ -93,9 +93,17 @@ def test_ranks_with_other_settings_are_named(folder: Path) -> None:
                       " --data.batch_size 4 --seed ${HOROVOD_RANK:-$OMPI_COMM_WORLD_RANK}\n")
     script.chmod(0o755)
     before = contents(folder)
-    from tests.launcher import run_command
     ended = run_command(2, [str(script)], launcher="mpirun", cwd=folder / "cwd")
     refused(ended, "seed on rank 1", folder, before, code=2)
+
+
+def test_a_rank_that_the_mpirun_of_another_mpi_started(folder: Path) -> None:
+    """Horovod sees no launcher there: it would train as the only rank, and so would the others."""
+    before = contents(folder)
+    ended = run_command(1, ["env", "PMI_RANK=0", "PMI_SIZE=2", HVDNOISE, "train", *SYNTHETIC, *GNC,
+                            "--model", "mlp", "--run_dir", "run"], launcher="none",
+                        cwd=folder / "cwd")
+    refused(ended, "started 2 ranks and Horovod sees 1", folder, before, code=2)
 
 
 @pytest.mark.parametrize("arguments, expected", [

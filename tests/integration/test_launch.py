@@ -413,6 +413,58 @@ def test_options_of_the_other_script() -> None:
                    ["'10.0.0.0/8'", "mpirun.sh"])
 
 
+# ---- MPICH
+
+HYDRA = "if [ $1 = --version ]; then printf 'HYDRA build:\\n    Version: 4.0.2\\n'; exit; fi"
+
+
+def programs(folder: Path, **lines: str) -> str:
+    """A PATH that begins with these programs."""
+    for name, text in lines.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.mark.skipif(os.environ.get("SLURM_JOB_ID") is not None, reason="Slurm knows the hosts")
+def test_mpichs_mpirun_gets_options_of_its_own(tmp_path: Path) -> None:
+    """What is sent to it; tests/system_mpi.sh trains under the real one."""
+    path = programs(tmp_path, mpirun=f'{HYDRA}\nprintf "%s\\n" "$@"; exit 75',
+                    hvdnoise="echo versions a=1")
+    ended = launch(MPIRUN, "-np", "2", "--interface", "lo", "--ssh-port", "2222", "--",
+                   "--config", "x", PATH=path, HVDNOISE_TIMEOUT="60", SECRET="hidden")
+    words = ended.stdout.split("\n")
+    assert ended.returncode == 75, ended
+    given = dict(zip(words, words[1:]))
+    assert (given["-np"], given["-hosts"], given["-iface"]) == ("2", "localhost:2", "lo")
+    assert given["-launcher-exec"] == str(ROOT / "launch" / "bin" / "ssh")
+    sent = given["-genvlist"].split(",")
+    assert {"PATH", "HVDNOISE_TIMEOUT", "HVDNOISE_LAUNCH", "UCX_NET_DEVICES"} <= {*sent}
+    assert "SECRET" not in sent and not {"-x", "--prefix", "--map-by"} & {*words}
+    assert words[-5:] == [str(tmp_path / "hvdnoise"), "train", "--config", "x", ""]
+
+
+def test_what_mpichs_mpirun_does_not_take(tmp_path: Path) -> None:
+    path = programs(tmp_path, mpirun=HYDRA, hvdnoise="echo versions a=1")
+    assert_refused(launch(MPIRUN, "-np", "1", "--interface", "10.0.0.0/8", "--", PATH=path),
+                   MPIRUN, ["'10.0.0.0/8'", "MPICH's mpirun takes a name"])
+    assert_refused(launch(HOROVODRUN, "--mpi", "-np", "1", "--", PATH=path), HOROVODRUN,
+                   ["does not know MPICH's mpirun", "launch/mpirun.sh"])
+
+
+@pytest.mark.parametrize("script", [[MPIRUN], [HOROVODRUN, "--mpi"]])
+def test_a_mixture_of_mpis_is_refused(tmp_path: Path, script: list[str]) -> None:
+    """As the doctor says it, see tests/unit/test_doctor.py."""
+    path = programs(
+        tmp_path, mpirun="echo 'mpirun (Open MPI) 4.1.4'",
+        hvdnoise="echo versions mpi=none mpi-of-Horovod=MPICH-4.0.2 mpi-of-mpirun=Open-MPI-4.1.4")
+    ended = launch(*script, "-np", "2", "--", PATH=path, OMPI_ALLOW_RUN_AS_ROOT="1",
+                   OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1, ended
+    assert "a mixture of MPIs (Horovod has MPICH-4.0.2,mpirun has Open-MPI-4.1.4)" in ended.stderr
+    assert "first on the PATH" in ended.stderr and "--mpi system" in ended.stderr
+
+
 def assert_refused(ended: subprocess.CompletedProcess[str], script: str, words: Sequence[str]
                    ) -> None:
     assert ended.returncode == 2 and not ended.stdout, ended

