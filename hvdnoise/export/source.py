@@ -93,8 +93,8 @@ def read(config: ExportConfig, trained: TrainConfig, weights: Path) -> Source:
             other = next((pair for pair in zip(recorded, found) if pair[0] != pair[1]), None)
             what = f"{other[1]!r} in the place of {other[0]!r}" if other else \
                 f"{len(found)}, not {len(recorded)}"
-            raise ConfigError(f"the data in {trained.data.path} have other classes than the run was "
-                              f"trained on ({what}): give the run's own with --data_root")
+            raise ConfigError(f"the data in {trained.data.path} have other classes than the run "
+                              f"was trained on ({what}): give the run's own with --data_root")
         recorded = found
     else:
         shape, mean, std = record.shape(trained.data), record.mean, record.std

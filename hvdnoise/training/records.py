@@ -18,7 +18,7 @@
     RUN/logs/rank-N.log      every rank's own
     RUN/lock-N.json          who trains in the folder now (`hvdnoise.training.folder_lock`)
     RUN/measure/             what `hvdnoise measure` found of the weights; see docs/measure.md
-    RUN/export/              the network for other programs, by `hvdnoise export`; see docs/export.md
+    RUN/export/              the network for other programs, by `hvdnoise export`
     RUN/report/              the page of `hvdnoise report`; see docs/report.md
     RUN/reproduced/          the run once more, by `hvdnoise reproduce`
 
