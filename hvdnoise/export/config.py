@@ -70,7 +70,7 @@ def validate(config: ExportConfig, weights: Path) -> None:
     packages = PACKAGES[config.format]
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f"format={config.format} needs {' and '.join(missing)}, which "
+        raise ConfigError(f"format={config.format} needs {', '.join(missing)}, which "
                           f"{'is' if len(missing) == 1 else 'are'} not installed: pip install "
                           f"{' '.join(missing)} (hvdnoise's extra 'export')")
     target, suffix = config.target(weights), SUFFIXES[config.format]

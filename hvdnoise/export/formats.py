@@ -51,15 +51,15 @@ def _write_torch(source: Source, path: Path) -> dict[str, str]:
     facts = {**source.facts, _NORMALISATION: INSIDE}
     program = torch.export.export(source.network, (_example(source),),
                                   dynamic_shapes=({0: torch.export.Dim("batch")},))
-    with path.open("wb") as file:
-        torch.export.save(program, file, extra_files={FACTS: json.dumps(facts, indent=1)})
+    content = io.BytesIO()  # torch ends the process where a file cannot be written to its end
+    torch.export.save(program, content, extra_files={FACTS: json.dumps(facts, indent=1)})
+    path.write_bytes(content.getbuffer())
     return facts
 
 
 def _read_torch(path: Path) -> tuple[Predict, dict[str, str]]:
     extra: dict[str, Any] = {FACTS: ""}
-    with path.open("rb") as file:
-        program = torch.export.load(io.BytesIO(file.read()), extra_files=extra)
+    program = torch.export.load(io.BytesIO(path.read_bytes()), extra_files=extra)
     return program.module(), json.loads(extra[FACTS])
 
 

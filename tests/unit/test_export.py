@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -270,6 +271,21 @@ def test_a_network_that_torch_cannot_export_is_one_line(small: Path, tmp_path: P
     run = shutil.copytree(small, tmp_path / "run")
     before = files(tmp_path)
     assert "model=mlp cannot be written with format=torch (" in refused(capsys, str(run), code=1)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_full_disk_is_one_line(form: str, small: Path, tmp_path: Path, capsys: Any) -> None:
+    needs(form)
+    run = shutil.copytree(small, tmp_path / "run")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = files(tmp_path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the weights alone are more
+    try:
+        said = refused(capsys, str(run), "--format", form)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot be written (File too large): give another name, or make room" in said
     assert files(tmp_path) == before
 
 
