@@ -1,4 +1,4 @@
-"""hvdnoise train | launch | eval | measure | reproduce | study | report | plan | bench | ...
+"""hvdnoise train | launch | eval | measure | export | reproduce | study | report | plan | ...
 
 Settings are parsed and checked before the ranks start, so that a mistake costs nothing and leaves
 nothing behind. Exit codes: 0 done; 2 bad input, one line on stderr; 75 preempted by SIGTERM and
@@ -25,6 +25,7 @@ _USAGE = """usage: hvdnoise train [--config YAML] [--FLAG VALUE ...]   train a n
        hvdnoise launch [OPTIONS] -- train [...]            start ranks, again after failures
        hvdnoise eval RUN [--FLAG VALUE ...]                score the weights of a run
        hvdnoise measure RUN [--FLAG VALUE ...]             sharpness of a run's weights
+       hvdnoise export RUN [--format FORM]                 its network for other programs
        hvdnoise reproduce RUN [--FLAG VALUE ...]           run again; the same bits?
        hvdnoise study FILE.yaml [--FLAG VALUE ...]         compare methods: tune, run, table
        hvdnoise report RUN_OR_STUDY... [--out FOLDER]      a page of what they recorded
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     commands: dict[str, Callable[[Sequence[str], dict[str, int]], int]] = {
         "train": _train, "launch": _launch, "eval": _eval, "measure": _measure,
-        "reproduce": _reproduce, "study": _study,
+        "export": _export, "reproduce": _reproduce, "study": _study,
         "report": _report, "plan": _plan, "bench": _bench, "quadratic": _quadratic,
         "doctor": _doctor}
     if command in ("--help", "-h", "help"):
@@ -171,6 +172,20 @@ def _measure(arguments: Sequence[str], launched: dict[str, int]) -> int:
     facts = {key: value for key, value in flatten(config).items() if key not in FREE}
     return _in_world(launched, {**facts, "weights": str(weights)}, lambda world: run(
         config, trained, weights, world, process.pick_device(config.device, world)))
+
+
+def _export(arguments: Sequence[str], launched: dict[str, int]) -> int:
+    from hvdnoise.export.config import ExportConfig, validate
+    config = _parse(ExportConfig, arguments, launched, program="hvdnoise export",
+                    positional="run")
+    if launched["rank"] > 0:  # one process exports
+        return 0
+    from hvdnoise.training import rerun
+    trained, weights = rerun.find(config.run, config.checkpoint, config.data_root)
+    validate(config, weights)
+    process.set_threads(config.threads, 1)
+    from hvdnoise.export.run import run
+    return run(config, trained, weights)
 
 
 def _reproduce(arguments: Sequence[str], launched: dict[str, int]) -> int:

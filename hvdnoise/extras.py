@@ -23,6 +23,10 @@ PACKAGES = {  # module -> its package and the extra that brings it, as in setup.
     "scipy": ("scipy", "report"),
     "jinja2": ("jinja2", "report"),
     "mpi4py": ("mpi4py", "mpi"),
+    "onnx": ("onnx", "export"),
+    "onnxruntime": ("onnxruntime", "export"),
+    "onnxscript": ("onnxscript", "export"),
+    "safetensors": ("safetensors", "export"),
 }
 EVERY_COMMAND = ("jsonargparse", "yaml", "tqdm")
 COMMANDS = {  # what a command needs beside these, whatever it is asked for

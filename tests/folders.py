@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def save_checkpoint(folder: Path, step: int, shared: Any, own: Any, world: World
                              keep=keep)
 
 
-def write_folders(root: Path, train: int = 3, val: int = 2, classes: str = "abc") -> None:
+def write_folders(root: Path, train: int = 3, val: int = 2, classes: Sequence[str] = "abc") -> None:
     rng = np.random.default_rng(2)
     for part, count in (("train", train), ("val", val)):
         for name in classes:

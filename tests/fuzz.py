@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 
 from hvdnoise import cli
 from hvdnoise.bench.config import BenchConfig
+from hvdnoise.export.config import ExportConfig
 from hvdnoise.measure.config import MeasureConfig
 from hvdnoise.planning.config import PlanConfig
 from hvdnoise.quadratic.config import QuadraticConfig
@@ -47,7 +48,8 @@ FILE = "my.yaml"
 KINDS: dict[str, Any] = {
     "train": TrainConfig, "plan": PlanConfig, "bench": BenchConfig, "quadratic": QuadraticConfig,
     "eval": cli.EvalConfig, "measure": MeasureConfig, "report": ReportConfig,
-    "doctor": cli.DoctorConfig, "reproduce": ReproduceConfig, "study": StudyConfig}
+    "doctor": cli.DoctorConfig, "reproduce": ReproduceConfig, "study": StudyConfig,
+    "export": ExportConfig}
 NOISE = ["noise." + name for name in (
     "kind", "source", "radius", "lr", "relative", "share", "final", "lag", "structure",
     "emulated_batch", "scope", "per", "echo", "decay", "every", "trace", "also")]
@@ -218,7 +220,7 @@ def cases(draw: Any) -> Case:
     file = draw(st.one_of(structured(command), st.sampled_from(DOCUMENTS), lines(command),
                           damaged(command), st.binary(max_size=50)))
     arguments = [FILE] if command == "study" else \
-        ["a-run"] if command in ("eval", "measure", "report", "reproduce") else []
+        ["a-run"] if command in ("eval", "measure", "report", "reproduce", "export") else []
     if command != "study" and draw(st.booleans()):  # one thing is wrong, or nothing
         return Case(_as_system([command, *arguments, *draw(flag(command))]), file)
     if draw(st.integers(0, 9)) == 0:
@@ -276,6 +278,7 @@ def run(case: Case, folder: Path) -> tuple[int, str]:
         stack.enter_context(mock.patch("hvdnoise.study.run.Study.run", lambda self: 0))
         stack.enter_context(mock.patch("hvdnoise.reproduce.run._run", lambda *_: (0, 15)))
         stack.enter_context(mock.patch("hvdnoise.report.run.run", lambda config: 0))
+        stack.enter_context(mock.patch("hvdnoise.export.run.run", lambda *_: 0))
         stack.enter_context(contextlib.redirect_stderr(said))
         stack.enter_context(contextlib.redirect_stdout(shown))
         try:

@@ -97,12 +97,16 @@ class ArrayRecord(DataRecord):
         assert images.shape[1:] == self.shape(config), f"{self.name}: {images.shape}"
         padding = self.padding if part == "train" and config.augment else None
         found = ArrayImages(images, labels, mean=self.mean, std=self.std, padding=padding,
-                            seed=seed)
+                            seed=seed, classes=self.names(config))
         return found, self.count(config)[1]
 
     @abstractmethod
     def arrays(self, config: DataConfig, seed: int, part: str) -> Arrays:
         """All images (N, C, H, W) of a part, "train" or "test", and their labels (N,)."""
+
+    def names(self, config: DataConfig) -> tuple[str, ...]:
+        """Of the classes, by label; none where they have no names."""
+        return ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,10 +142,12 @@ class _Idx(ArrayRecord):
         url: the folder of the archives.
         files: for each unpacked file the SHA-256 of its content and of each known archive; images
             and labels of training, then of the test set.
+        labels: the names of the classes.
     """
 
     folder: str
     url: str
+    labels: tuple[str, ...]
     files: dict[str, tuple[str, ...]] = field(repr=False)
 
     def prepare(self, config: DataConfig) -> None:
@@ -159,6 +165,9 @@ class _Idx(ArrayRecord):
             found.append(content[begin:].reshape(content[4:begin].view(">u4")))
         images, labels = found
         return images[:, None], labels.astype(np.int64)
+
+    def names(self, config: DataConfig) -> tuple[str, ...]:
+        return self.labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +187,13 @@ class _Cifar(_Torchvision):
                       (kind.meta["filename"], kind.meta["md5"])])
         wanted = {f"{kind.base_folder}/{name}": md5 for name, md5 in files.items()}
         fetch.unpack_tar(kind.url, kind.filename, self.sha256, wanted, config)
+
+    def names(self, config: DataConfig) -> tuple[str, ...]:
+        import pickle
+        kind = self._class()
+        # as torchvision has just read it, after it has found its MD5 to be right
+        content = (config.path / kind.base_folder / kind.meta["filename"]).read_bytes()
+        return tuple(pickle.loads(content, encoding="latin1")[kind.meta["key"]])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +263,8 @@ DATASETS: dict[str, DataRecord] = {record.name: record for record in (
     _Idx(name="fashion-mnist", mean=(0.2860,), std=(0.3530,), images=60_000, classes=10, side=28,
          padding=2, folder="FashionMNIST/raw", package="dataset-fashion-mnist",
          files=_FASHION_MNIST,
+         labels=("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt",
+                 "Sneaker", "Bag", "Ankle boot"),
          url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"),
     _Cifar(name="cifar10", mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),
            images=50_000, classes=10, side=32, padding=4, folder="cifar-10-batches-py",

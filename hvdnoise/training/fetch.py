@@ -53,9 +53,9 @@ def prepare(config: DataConfig, world: World) -> None:
     found: dict[str, str | None] = {"error": None, "content": None}
     if world.local_rank == 0:
         try:
-            found["content"] = config.record.prepare(config)
-        except Exception as error:  # whatever it is, the other ranks must not wait for ever
-            cause, found["error"] = error, _one_line(error, config)
+            found["content"] = prepare_here(config)
+        except DataError as error:
+            cause, found["error"] = error, str(error)
     everyone = world.gather_json(found, name="data.prepare")
     for rank, each in enumerate(everyone):
         if each["error"] is not None:
@@ -67,6 +67,18 @@ def prepare(config: DataConfig, world: World) -> None:
         ranks = " and ".join(places[rank] for rank in sorted(contents.values())[:2])
         raise CommonDataError(f"{ranks} hold different images in {config.path}: "
                               "give every host the same files, or a shared folder")
+
+
+def prepare_here(config: DataConfig) -> str | None:
+    """As `prepare`, for this process alone; see `DataRecord.prepare`.
+
+    Raises:
+        DataError: whatever fails.
+    """
+    try:
+        return config.record.prepare(config)
+    except Exception as error:  # whatever it is, other ranks must not wait for ever
+        raise DataError(_one_line(error, config)) from error
 
 
 def _one_line(error: Exception, config: DataConfig) -> str:

@@ -41,7 +41,7 @@ class FolderImages(Images):
         self._folder = folder
         self.samples: list[tuple[str, int]] = found.samples
         self.labels = np.array(found.targets, dtype=np.int64)
-        self.classes: list[str] = found.classes
+        self.classes = found.classes
         self._augment = augment
         self._training = transforms.Compose([
             transforms.RandomResizedCrop(side, antialias=True),
@@ -90,6 +90,9 @@ class FolderImages(Images):
             labels.append(label)
         return self.normalise(torch.stack(images)), torch.tensor(labels)
 
+    def pixels(self, indices: Sequence[int]) -> Tensor:
+        return torch.stack([self._testing(self[index][0]) for index in indices])
+
 
 def count(folder: Path) -> tuple[int, int]:
     """Images and classes of folder/CLASS/IMAGE.
@@ -128,7 +131,8 @@ def check(root: Path) -> str:
                             "in train/ and in val/") from error
         classes.append(found.classes)
         for path, _ in found.samples:
-            names.update(os.path.relpath(path, root).encode() + b"\0")
+            names.update(os.path.relpath(path, root).encode(
+                errors="surrogateescape") + b"\0")
     if classes[0] != classes[1]:
         odd = sorted(set(classes[0]) ^ set(classes[1]))[0]
         raise DataError(f"{root}: the class {odd!r} is in only one of train/ and val/: give both "

@@ -34,14 +34,15 @@ class Images(Dataset[tuple[Any, int]]):
 
     Attributes:
         labels: (N,) int64.
+        classes: the names of the classes, by label; none where they have no names.
     """
 
     labels: NDArray[np.int64]
+    classes: Sequence[str] = ()
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], seed: int) -> None:
-        self.seed = seed
-        self._scale = (1 / (255 * torch.tensor(std, dtype=torch.float64))).float().view(-1, 1, 1)
-        self._shift = (-torch.tensor(mean) / torch.tensor(std)).float().view(-1, 1, 1)
+        self.mean, self.std, self.seed = tuple(mean), tuple(std), seed
+        self._scale, self._shift = normalisation(mean, std)
 
     @abstractmethod
     def __len__(self) -> int:
@@ -50,6 +51,10 @@ class Images(Dataset[tuple[Any, int]]):
     @abstractmethod
     def batch(self, indices: Sequence[int], epoch: int | None) -> tuple[Tensor, Tensor]:
         """Images (b, C, H, W) float32, normalised, and labels (b,) int64."""
+
+    @abstractmethod
+    def pixels(self, indices: Sequence[int]) -> Tensor:
+        """(b, C, H, W) uint8: what `batch` normalises where there is no epoch."""
 
     def normalise(self, images: Tensor) -> Tensor:
         """(b, C, H, W) uint8 -> float32 with mean 0 and standard deviation 1 per channel."""
@@ -70,6 +75,18 @@ class Images(Dataset[tuple[Any, int]]):
             images, _ = self.batch(chosen[first:first + SAMPLE], None)
             total.update(images.numpy().tobytes())
         return {"labels": digest_of(self.labels), content_name(whole): total.hexdigest()}
+
+
+def normalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Scale and shift, each (C, 1, 1) float32: pixels 0 .. 255 times scale, plus shift, are
+    normalised.
+
+    Args:
+        mean, std: of each channel, of pixel values in 0 .. 1.
+    """
+    scale = (1 / (255 * torch.tensor(std, dtype=torch.float64))).float()
+    shift = (-torch.tensor(mean) / torch.tensor(std)).float()
+    return scale.view(-1, 1, 1), shift.view(-1, 1, 1)
 
 
 def spread(count: int, wanted: int) -> list[int]:
@@ -97,14 +114,16 @@ class ArrayImages(Images):
         images: (N, C, H, W) uint8.
         labels: (N,) int64.
         padding: of the random crop, in pixels; None for no augmentation.
+        classes: the names of the classes, by label.
     """
 
     # numpy arrays, not tensors: a tensor sent to a loader process goes through /dev/shm, which is
     # 64 MB in a container unless asked for.
     def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.int64], *,
                  mean: Sequence[float], std: Sequence[float], padding: int | None,
-                 seed: int) -> None:
+                 seed: int, classes: Sequence[str] = ()) -> None:
         super().__init__(mean, std, seed)
+        self.classes = classes
         assert images.dtype == np.uint8 and images.ndim == 4 and len(images) == len(labels)
         self.images, self.labels, self.padding = images, labels.astype(np.int64), padding
 
@@ -126,6 +145,9 @@ class ArrayImages(Images):
         if epoch is not None and self.padding is not None:
             images = crop_and_flip(images, example_bits(self.seed, epoch, chosen), self.padding)
         return self.normalise(torch.from_numpy(images)), torch.from_numpy(self.labels[chosen])
+
+    def pixels(self, indices: Sequence[int]) -> Tensor:
+        return torch.from_numpy(self.images[np.asarray(indices, dtype=np.int64)])
 
 
 class Subset(Images):
@@ -160,6 +182,9 @@ class Subset(Images):
         chosen = np.asarray(indices, dtype=np.int64)
         images, _ = self.whole.batch(self.indices[chosen].tolist(), epoch)
         return images, torch.from_numpy(self.labels[chosen])
+
+    def pixels(self, indices: Sequence[int]) -> Tensor:
+        return self.whole.pixels(self.indices[np.asarray(indices, dtype=np.int64)].tolist())
 
 
 def noisy_labels(labels: NDArray[np.int64], share: float, num_classes: int, seed: int

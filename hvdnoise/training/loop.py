@@ -63,7 +63,8 @@ def _run(job: Job, folder: Path, preemption: Preemption) -> int:
     else:
         restore(job, source)
     job.start()
-    open_folder(config, world, folder, {"data": job.digests})
+    open_folder(config, world, folder, {"data": job.digests,
+                                        "labels": list(job.datasets.test.classes)})
     at = job.counters
     if source is not None:
         log.info("resumed at step %d", at.step)

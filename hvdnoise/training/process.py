@@ -115,6 +115,12 @@ def fail_together(message: str, world: World, code: int) -> int:
     return code
 
 
+def fail(message: str) -> int:
+    """Say on one line why a command that runs alone has failed; the exit code."""
+    _say(message)
+    return EXIT_FAILED
+
+
 def said_all() -> int:
     """The exit code of a command that only prints: 1, with a line, where that could not be written
     for another reason than that its reader had read enough."""

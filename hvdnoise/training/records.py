@@ -18,6 +18,7 @@
     RUN/logs/rank-N.log      every rank's own
     RUN/lock-N.json          who trains in the folder now (`hvdnoise.training.folder_lock`)
     RUN/measure/             what `hvdnoise measure` found of the weights; see docs/measure.md
+    RUN/export/              the network for other programs, by `hvdnoise export`
     RUN/report/              the page of `hvdnoise report`; see docs/report.md
     RUN/reproduced/          the run once more, by `hvdnoise reproduce`
 
@@ -52,8 +53,8 @@ from hvdnoise.training.progress import log
 
 STEP_FILE = "step"
 _OF_A_RUN = ("environment.json", "metrics.jsonl", "preempted.json", "summary.json", "weights.pt",
-             "weights-best.pt", "weights-ema.pt", "checkpoints", "logs", "measure", "report",
-             "reproduced", "tensorboard", STEP_FILE,
+             "weights-best.pt", "weights-ema.pt", "checkpoints", "logs", "export", "measure",
+             "report", "reproduced", "tensorboard", STEP_FILE,
              "config.yaml")  # tells that there is a run, so it goes last
 
 

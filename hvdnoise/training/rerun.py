@@ -55,15 +55,21 @@ def restore(config: TrainConfig, weights: Path, device: torch.device
             or do not fit.
     """
     datasets = data.build(config.data, seed=config.seed)
-    model = models.build(config.model, datasets.spec.num_classes, datasets.spec.image_shape,
-                         norm=config.norm)
+    model = network(config, weights, datasets.spec.num_classes, datasets.spec.image_shape)
+    return datasets, model.to(device)
+
+
+def network(config: TrainConfig, weights: Path, num_classes: int,
+            image_shape: tuple[int, int, int]) -> torch.nn.Module:
+    """The model of a run with ``weights``, on the CPU. Raises as `restore`."""
+    model = models.build(config.model, num_classes, image_shape, norm=config.norm)
     state = read(weights)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         text = " ".join(str(error).split())[:300]
         raise ConfigError(f"{weights} does not fit the model {config.model}: {text}") from error
-    return datasets, model.to(device)
+    return model
 
 
 def score(config: TrainConfig, weights: Path, world: World, device: torch.device, *,

@@ -6,6 +6,7 @@ torch.save writes a zip file, with a CRC-32 of each tensor's bytes that torch.lo
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import zipfile
@@ -27,12 +28,15 @@ _REMEDY = "give another --checkpoint, or train again"
 
 
 def write(path: Path, state: dict[str, Tensor]) -> None:
-    """Write a state dict, whole or not at all.
+    """Write a state dict, whole or not at all; on the CPU, so that any machine can read it.
 
     Raises:
         NotFinite: where it is not finite (`hvdnoise.training.finite`).
     """
     finite.check({path.name: state})
+    state = copy.copy(state)  # with what a module has noted beside its tensors
+    for name, value in state.items():
+        state[name] = value.detach().cpu()
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
         torch.save(state, file)

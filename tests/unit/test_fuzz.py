@@ -149,7 +149,8 @@ def test_what_no_setting_can_be(value: Any) -> None:
 
 
 @pytest.mark.parametrize("arguments", [
-    ["eval"], ["measure"], ["report"], ["reproduce"], ["study"], ["train", "--run_dir"],
+    ["eval"], ["measure"], ["report"], ["reproduce"], ["export"], ["study"],
+    ["train", "--run_dir"], ["export", "a-run", "--output"],
     ["train", "--resume"], ["bench", "--out"], ["quadratic", "--out"], ["eval", "--checkpoint"],
     ["plan", "--config"], ["measure", "a-run", "--out"]])
 @pytest.mark.parametrize("name", ["x" * 300, "loop", "/proc/1/fd/x"])
