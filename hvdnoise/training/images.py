@@ -90,6 +90,15 @@ def digest_of(values: NDArray[Any]) -> str:
     return total.hexdigest()
 
 
+def digests_of_arrays(images: NDArray[Any], labels: NDArray[np.int64], *, whole: bool
+                      ) -> dict[str, str]:
+    """As `Images.digests`, of images in memory: of all where they are few, else of a part."""
+    whole |= images.nbytes <= MODERATE_BYTES
+    wanted = MODERATE_BYTES * len(images) // max(1, images.nbytes)
+    chosen = images if whole else images[spread(len(images), wanted)]
+    return {"labels": digest_of(labels), content_name(whole): digest_of(chosen)}
+
+
 class ArrayImages(Images):
     """Images in memory.
 
@@ -112,10 +121,7 @@ class ArrayImages(Images):
         return len(self.images)
 
     def digests(self, *, whole: bool) -> dict[str, str]:
-        whole |= self.images.nbytes <= MODERATE_BYTES
-        wanted = MODERATE_BYTES * len(self) // max(1, self.images.nbytes)
-        images = self.images if whole else self.images[spread(len(self), wanted)]
-        return {"labels": digest_of(self.labels), content_name(whole): digest_of(images)}
+        return digests_of_arrays(self.images, self.labels, whole=whole)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return torch.from_numpy(self.images[index].copy()), int(self.labels[index])
