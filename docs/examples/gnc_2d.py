@@ -1,7 +1,7 @@
 # %% What GNC does, in two dimensions: python docs/examples/gnc_2d.py [FILE.png]
 """A loss of two weights has a minimum that is sharp along x, and deeper, and a wide one.
 
-Four workers, here one process with virtual_workers=4. Each has the loss plus a linear term of its
+Eight workers, here one process with virtual_workers=8. Each has the loss plus a linear term of its
 own, drawn anew in each step: the noise of its batch, larger along x than along y. The optimizer is
 hvdnoise's own; nothing of it is written again here.
 """
@@ -16,15 +16,15 @@ import hvdnoise
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-WORKERS, STEPS, SEEDS, RADIUS = 4, 150, 5, 0.7
+WORKERS, STEPS, SEEDS, RADIUS = 8, 150, 4, 0.65
 SHARP, WIDE = torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 0.0])
-NOISE = torch.tensor([1.0, 0.25])  # standard deviation of a worker's gradient, along x and y
+NOISE = torch.tensor([1.0, 0.1])  # standard deviation of a worker's gradient, along x and y
 
 
 # %% The loss: (..., 2) -> (...)
 def loss(w):
-    sharp = 1.2 * torch.exp(-((w - SHARP) / torch.tensor([0.25, 0.9])).square().sum(-1) / 2)
-    wide = 1.0 * torch.exp(-(w - WIDE).square().sum(-1) / (2 * 0.9 ** 2))
+    sharp = torch.exp(-((w - SHARP) / torch.tensor([0.2, 1.2])).square().sum(-1) / 2)
+    wide = torch.exp(-(w - WIDE).square().sum(-1) / 2)
     return 0.05 * w.square().sum(-1) - sharp - wide
 
 
@@ -46,7 +46,7 @@ def train(noise, seed):
     """The weights after each step (STEPS + 1, 2), and the displacements of all workers."""
     model = Point()
     optimizer = hvdnoise.DistributedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.05), named_parameters=model.named_parameters(),
+        torch.optim.SGD(model.parameters(), lr=0.06), named_parameters=model.named_parameters(),
         noise=noise, virtual_workers=WORKERS)
     draws = torch.Generator().manual_seed(seed)
     path, moved = [SHARP.clone()], []
@@ -57,12 +57,17 @@ def train(noise, seed):
             moved.append(model.read.pop() - path[-1])
         optimizer.step()
         path.append(model.w.detach().clone())
-    return torch.stack(path), torch.stack(moved[WORKERS:])  # the first step has no displacement
+    return torch.stack(path), torch.stack(moved[WORKERS:WORKERS * STEPS // 2])  # of full size
+
+
+def radius(step):
+    """It shrinks in the second half of the run, so that this ends in the minimum it is at."""
+    return RADIUS * min(1, 2 * (1 - step / STEPS))
 
 
 def noises(seed):
-    return {"SGD": None, "GNC": hvdnoise.GNC(RADIUS, source="own", seed=seed),
-            "white noise": hvdnoise.GNC(RADIUS, source="isotropic", seed=seed)}
+    return {"SGD": None, "GNC": hvdnoise.GNC(radius, source="own", seed=seed),
+            "white noise": hvdnoise.GNC(radius, source="isotropic", seed=seed)}
 
 
 hvdnoise.init()
@@ -84,8 +89,8 @@ seen = {name: loss(line[:, None] + torch.cat([moved for _, moved in runs[name]])
         for name in ("GNC", "white noise")}
 left = line[:, 0] < 0
 for name, values in seen.items():
-    print(f"{name}: at the sharp minimum the smoothed loss is {values[left].min():.2f}, at the wide "
-          f"one {values[~left].min():.2f}")
+    print(f"{name}: at the sharp minimum the smoothed loss is {values[left].min():.2f}, at the "
+          f"wide one {values[~left].min():.2f}")
 
 # %% The figure
 figure, (map_, section) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
@@ -102,7 +107,8 @@ map_.set(title=f"{SEEDS} runs of each from the sharp minimum; dots: their ends",
 map_.legend(loc="lower right")
 section.plot(line[:, 0], loss(line), color="black", label="the loss at y = 0")
 for name, values in seen.items():
-    section.plot(line[:, 0], values, color=colours[name], label=f"mean over the displacements: {name}")
+    section.plot(line[:, 0], values, color=colours[name],
+                 label=f"mean over the displacements: {name}")
 section.set(title=f"radius {RADIUS}", xlabel="x")
 section.legend()
 file = sys.argv[1] if len(sys.argv) > 1 else "gnc_2d.png"

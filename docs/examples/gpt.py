@@ -13,12 +13,12 @@ from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attentio
 
 import hvdnoise
 
-WIDTH, LAYERS, HEADS, CONTEXT, BATCH, STEPS = 64, 2, 4, 64, 16, 200
+WIDTH, LAYERS, HEADS, CONTEXT, BATCH, STEPS = 64, 2, 4, 64, 16, 160
 
-ADJECTIVES, OBJECTS = ["small", "old", "red", "quick"], ["tree", "house", "river", "road", "bird",
-                                                       "stone"]
-NOUNS, VERBS = ["dog", "cat", "girl", "king", "horse", "cook"], ["see", "find", "like", "want",
-                                                                 "paint", "know"]
+ADJECTIVES = ["small", "old", "red", "quick"]
+NOUNS = ["dog", "cat", "girl", "king", "horse", "cook"]
+VERBS = ["see", "find", "like", "want", "paint", "know"]
+OBJECTS = ["tree", "house", "river", "road", "bird", "stone"]
 SENTENCE = re.compile(
     f"the ({'|'.join(ADJECTIVES)}) ({'|'.join(NOUNS)})"
     f"( ({'|'.join(VERBS)})s|s ({'|'.join(VERBS)})) a ({'|'.join(OBJECTS)})\\.")
@@ -106,18 +106,18 @@ torch.manual_seed(1)
 model = GPT()
 hvd.broadcast_parameters(model.state_dict(), root_rank=0)
 optimizer = hvdnoise.DistributedOptimizer(
-    torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1),
-    named_parameters=model.named_parameters(), noise=hvdnoise.GNC())
+    torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1),
+    named_parameters=model.named_parameters(), noise=hvdnoise.GNC(share=0.002))
 
 best = math.log(2 * 4 * 6 * 6 * 6) * held_out.eq(CHARACTERS.index("\n")).sum() / len(held_out)
 for step in range(STEPS):
     for group in optimizer.param_groups:
-        group["lr"] = 3e-3 * min(1, (step + 1) / 30, 2 * (1 - step / STEPS))
+        group["lr"] = 0.01 * min(1, (step + 1) / 30, 2 * (1 - step / STEPS))
     optimizer.zero_grad()
     loss_of(batch(corpus, BATCH, own)).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    if (step + 1) % 50 == 0:
+    if (step + 1) % 40 == 0:
         model.eval()
         with torch.no_grad():  # the second half of the context: there the sentence is known
             x = batch(held_out, 128, torch.Generator().manual_seed(3))

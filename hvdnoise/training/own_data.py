@@ -1,9 +1,9 @@
-"""A data set of the user's own, which the function that `data.dataset` names returns.
+"""A data set of the user's own, which the function that ``data.dataset`` names returns.
 
-The function is called with the folder `data.root` and returns a dict: `train` and `test`, each a
-pair of tensors or a map-style data set of pairs; `classes`; and, if wanted, `mean` and `std`. See
-docs/own.md. What it returns is looked at here, once a process; `hvdnoise.training.own_images` has
-the examples. Torch is not imported before the function is called.
+The function is called with the folder ``data.root`` and returns a dict: ``train`` and
+``test``, each a pair of tensors or a map-style data set of pairs; ``classes``; and, if wanted, ``mean`` and
+``std``. See docs/own.md. What it returns is looked at here, once a process;
+`hvdnoise.training.own_images` has the examples. Torch is not imported before the function is called.
 """
 
 from __future__ import annotations
@@ -24,21 +24,10 @@ from hvdnoise.training.errors import DataError
 if TYPE_CHECKING:
     from hvdnoise.training.dataspec import DataConfig
     from hvdnoise.training.images import Images
-    from hvdnoise.training.own_images import Part
+    from hvdnoise.training.own_images import Part, Sets
 
 _KEYS = ("train", "test", "classes", "mean", "std")
 _NEEDED = _KEYS[:3]
-
-
-@dataclass(frozen=True)
-class _Sets:
-    """What the function has returned, checked."""
-
-    train: Part
-    test: Part
-    classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +66,13 @@ class OwnData(DataRecord):
 
 
 @functools.lru_cache(maxsize=1)
-def _sets(name: str, root: Path) -> _Sets:
+def _sets(name: str, root: Path) -> Sets:
     """The data set of the function.
 
     Raises:
         DataError: one line that names the function and what is wrong.
     """
-    from hvdnoise.training.own_images import own_part, without_chance
+    from hvdnoise.training.own_images import Sets, own_part, without_chance
     function, say = plugins.function(name), f"data.dataset={name}"
     _check_takes(function, "data.root", (root,), say)
     try:
@@ -110,7 +99,7 @@ def _sets(name: str, root: Path) -> _Sets:
     mean, std = (_numbers(values.get(key), train, f"{say}: {key}") for key in ("mean", "std"))
     if std and min(std) <= 0:
         raise DataError(f"{say}: std is {list(std)}: give numbers above 0")
-    return _Sets(train, test, classes, mean or (0.0,), std or (1.0,))
+    return Sets(train, test, classes, mean or (0.0,), std or (1.0,))
 
 
 def _check_takes(function: Any, what: str, arguments: tuple[Any, ...], say: str) -> None:

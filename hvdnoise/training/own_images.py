@@ -59,6 +59,17 @@ class Part:
         return isinstance(self.items, np.ndarray)
 
 
+@dataclass(frozen=True)
+class Sets:
+    """What a function has returned, looked at; `OwnImages` has the meaning of mean and std."""
+
+    train: Part
+    test: Part
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
 def own_part(found: Any, say: str, code: str, classes: int) -> Part:
     """Look at what a function has returned for "train" or "test".
 

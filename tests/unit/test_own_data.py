@@ -210,10 +210,11 @@ def test_digests_see_every_fact(monkeypatch: pytest.MonkeyPatch) -> None:
     ({**GOOD, "train": (X[:0], Y[:0])}, "train: the examples have the shape (0, 4)"),
     ({**GOOD, "train": (X[:, 0], Y)}, "train: the examples have the shape (10,)"),
     ({**GOOD, "train": (X + 1j, Y)}, "train: x is complex64"),
-    ({**GOOD, "test": (X[:, :3], Y)}, "an example of test is float32 (3,), and one of train float32 "
-     "(4,): give both the same"),
+    ({**GOOD, "test": (X[:, :3], Y)}, "an example of test is float32 (3,), and one of train "
+     "float32 (4,): give both the same"),
     ({**GOOD, "test": (X.int(), Y)}, "an example of test is int64 (4,), and one of train float32"),
-    ({**GOOD, "mean": (1, 2)}, "mean is (1, 2): give one number, or one for each of the 4 channels"),
+    ({**GOOD, "mean": (1, 2)}, "mean is (1, 2): give one number, or one for each of the 4 "
+     "channels"),
     ({**GOOD, "std": 0.0}, "std is [0.0]: give numbers above 0"),
     ({**GOOD, "std": float("nan")}, "std is nan: give one number"),
     ({**GOOD, "mean": "half"}, "mean is 'half': give one number"),
@@ -360,7 +361,8 @@ def test_a_model_of_ones_own() -> None:
 @pytest.mark.parametrize("name, says", [
     ("flat", "gives float32 (1, 1) for the batch float32 (1, 4): give logits (1, 3)"),
     ("tokens", "returned function: return a torch.nn.Module"),
-    ("fails", "called with 3 classes and the shape (4,), raised OSError: no weights here (line 17)"),
+    ("fails", "called with 3 classes and the shape (4,), raised OSError: no weights here (line "
+     "17)"),
     ("stays", "cannot take the batch float32 (1, 4): IndexError: too far (line 21)"),
     ("alone", "raised TypeError: alone() takes 1 positional argument but 2 were given")])
 def test_a_bad_model_is_one_line(name: str, says: str) -> None:
@@ -398,8 +400,8 @@ def test_what_a_run_folder_names_is_not_imported(folder: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         rerun.find("run", "final", None)
     assert str(caught.value) == (
-        f"run=run was made with data.dataset={NAME} and model={FILE}:net: code, which may come from "
-        "wherever the run does; look at it, and add --trust_plugins")
+        f"run=run was made with data.dataset={NAME} and model={FILE}:net: code, which may come "
+        "from wherever the run does; look at it, and add --trust_plugins")
     with pytest.raises(ConfigError, match="code that this command was not told to run"):
         data.build(DataConfig(NAME), seed=1)
     assert not (folder / "mark").exists()
