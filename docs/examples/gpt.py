@@ -130,8 +130,8 @@ for step in range(STEPS):
 
 model.eval()
 lines = written(model, 100, torch.Generator().manual_seed(4))
-right = sum(SENTENCE.fullmatch(line) is not None for line in lines)
+right = [line for line in lines if SENTENCE.fullmatch(line)]
 if hvd.rank() == 0:
-    print(f"{right} of 100 lines that it writes are sentences, such as: {lines[0]}", flush=True)
+    print(f"{len(right)} of 100 lines that it writes are sentences, such as:", *right[:1])
 total = sum(float(p.detach().double().sum()) for p in model.parameters())
 print(f"rank {hvd.rank()}  sum of weights {total:.6f}", flush=True)

@@ -1,9 +1,9 @@
 """A data set of the user's own, which the function that ``data.dataset`` names returns.
 
-The function is called with the folder ``data.root`` and returns a dict: ``train`` and
-``test``, each a pair of tensors or a map-style data set of pairs; ``classes``; and, if wanted, ``mean`` and
-``std``. See docs/own.md. What it returns is looked at here, once a process;
-`hvdnoise.training.own_images` has the examples. Torch is not imported before the function is called.
+The function is called with the folder ``data.root`` and returns a dict: ``train`` and ``test``,
+each a pair of tensors or a map-style data set of pairs; ``classes``; and, if wanted, ``mean`` and
+``std``. See docs/own.md. What it returns is looked at here, once a process; the examples are those
+of `hvdnoise.training.own_images`. Torch is not imported before the function is called.
 """
 
 from __future__ import annotations
