@@ -45,6 +45,8 @@ class EvalConfig:
         run: the run's folder.
         checkpoint: final, best, ema, or the path of a checkpoint or of saved weights.
         data_root: folder of the data sets; default: as the run had it.
+        trust_plugins: import the functions that the run names as data set and model. They are code:
+            look at them first.
         device: auto takes the GPU of the local rank where there is one.
         threads: of each rank; default: OMP_NUM_THREADS, else the cores shared out.
         batch_size: images at a time, of each rank.
@@ -53,6 +55,7 @@ class EvalConfig:
     run: str = ""
     checkpoint: str = "final"
     data_root: str | None = None
+    trust_plugins: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
     batch_size: int = 256
@@ -149,7 +152,8 @@ def _eval(arguments: Sequence[str], launched: dict[str, int]) -> int:
     from hvdnoise.training import rerun
     from hvdnoise.training.validation import require
     require(config.batch_size >= 1, "batch_size", config.batch_size, "give 1 or more")
-    trained, weights = rerun.find(config.run, config.checkpoint, config.data_root)
+    trained, weights = rerun.find(config.run, config.checkpoint, config.data_root,
+                                  trust=config.trust_plugins)
     process.set_threads(config.threads, launched["local_size"])
     process.be_deterministic()
     return _in_world(launched, {"run": config.run, "checkpoint": str(weights)},
@@ -163,7 +167,8 @@ def _measure(arguments: Sequence[str], launched: dict[str, int]) -> int:
     config = _parse(MeasureConfig, arguments, launched, program="hvdnoise measure",
                     positional="run")
     from hvdnoise.training import rerun
-    trained, weights = rerun.find(config.run, config.checkpoint, config.data_root)
+    trained, weights = rerun.find(config.run, config.checkpoint, config.data_root,
+                                  trust=config.trust_plugins)
     validate(config)
     from hvdnoise.measure.run import run
     from hvdnoise.training.config import flatten
@@ -181,7 +186,8 @@ def _export(arguments: Sequence[str], launched: dict[str, int]) -> int:
     if launched["rank"] > 0:  # one process exports
         return 0
     from hvdnoise.training import rerun
-    trained, weights = rerun.find(config.run, config.checkpoint, config.data_root)
+    trained, weights = rerun.find(config.run, config.checkpoint, config.data_root,
+                                  trust=config.trust_plugins)
     validate(config, weights)
     process.set_threads(config.threads, 1)
     from hvdnoise.export.run import run

@@ -33,7 +33,7 @@ check() { # NAME SECONDS COMMAND...
     ((status == 0)) || failed=1
 }
 
-code=(hvdnoise tests)
+code=(hvdnoise tests docs/examples)
 check flake8 120 .venv/bin/python -m flake8 "${code[@]}"
 check isort 120 .venv/bin/python -m isort --check --diff "${code[@]}"
 check mypy 600 .venv/bin/python -m mypy hvdnoise

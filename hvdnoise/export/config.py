@@ -34,6 +34,8 @@ class ExportConfig:
         check: so many test images (at most all) are predicted by both networks; 0 leaves that out,
             and needs no data where the run has noted the names of its classes.
         data_root: folder of the data sets; default: as the run had it.
+        trust_plugins: import the functions that the run names as data set and model. They are code:
+            look at them first.
         threads: default: OMP_NUM_THREADS, else one for each core.
         overwrite: replace output where it is there.
     """
@@ -44,6 +46,7 @@ class ExportConfig:
     checkpoint: str = "final"
     check: int = 1000
     data_root: str | None = None
+    trust_plugins: bool = False
     threads: int | None = None
     overwrite: bool = False
 

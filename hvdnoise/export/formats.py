@@ -1,6 +1,6 @@
 """Writing a network in each form, and reading it again as another program would.
 
-A form is read into a function: images (b, C, H, W) float32 with values in 0 .. 1 -> logits
+A form is read into a function: examples (b, *shape) as `Source.inputs` has them -> logits
 (b, classes); and the facts beside it.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvdnoise.export.source import INSIDE, OUTSIDE, Source
+from hvdnoise.export.source import Source
 
 Predict = Callable[[Tensor], Tensor]
 FACTS = "hvdnoise.json"  # in a .pt2 file
@@ -48,8 +48,8 @@ def read(form: str, path: Path, blank: Callable[[], nn.Module]) -> tuple[Predict
 
 
 def _write_torch(source: Source, path: Path) -> dict[str, str]:
-    facts = {**source.facts, _NORMALISATION: INSIDE}
-    program = torch.export.export(source.network, (_example(source),),
+    facts = {**source.facts, _NORMALISATION: source.normalization(inside=True)}
+    program = torch.export.export(source.network, (source.example,),
                                   dynamic_shapes=({0: torch.export.Dim("batch")},))
     content = io.BytesIO()  # torch ends the process where a file cannot be written to its end
     torch.export.save(program, content, extra_files={FACTS: json.dumps(facts, indent=1)})
@@ -64,8 +64,8 @@ def _read_torch(path: Path) -> tuple[Predict, dict[str, str]]:
 
 
 def _write_onnx(source: Source, path: Path) -> dict[str, str]:
-    facts = {**source.facts, _NORMALISATION: INSIDE}
-    program = torch.onnx.export(source.network, (_example(source),), dynamo=True, verbose=False,
+    facts = {**source.facts, _NORMALISATION: source.normalization(inside=True)}
+    program = torch.onnx.export(source.network, (source.example,), dynamo=True, verbose=False,
                                 dynamic_shapes=({0: "batch"},), input_names=["images"],
                                 output_names=["logits"])
     assert program is not None
@@ -88,7 +88,8 @@ def _read_onnx(path: Path) -> tuple[Predict, dict[str, str]]:
 
 def _write_safetensors(source: Source, path: Path) -> dict[str, str]:
     from safetensors.torch import save
-    facts = {"format": "pt", **source.facts, _NORMALISATION: OUTSIDE}
+    facts = {"format": "pt", **source.facts,
+             _NORMALISATION: source.normalization(inside=False)}
     state = source.model.state_dict()
     path.write_bytes(save({name: value.contiguous().clone() for name, value in state.items()},
                           facts))  # its own save_file makes a file that others cannot read
@@ -103,12 +104,14 @@ def _read_safetensors(path: Path, blank: Callable[[], nn.Module]
         state = {name: file.get_tensor(name) for name in file.keys()}
     model = blank().eval()
     model.load_state_dict(state)
-    mean, std = (torch.tensor(json.loads(facts[name])).view(-1, 1, 1) for name in ("mean", "std"))
-    return lambda images: model((images - mean) / std), facts
+    mean, std = (torch.tensor(json.loads(facts[name])) for name in ("mean", "std"))
 
-
-def _example(source: Source) -> Tensor:
-    return torch.zeros(2, *source.shape)  # of one image torch would take the batch for fixed
+    def predict(examples: Tensor) -> Tensor:
+        if not examples.is_floating_point():
+            return model(examples)
+        each = -1, *[1] * (examples.ndim - 2)
+        return model((examples - mean.view(each)) / std.view(each))
+    return predict, facts
 
 
 @contextlib.contextmanager

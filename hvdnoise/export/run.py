@@ -77,8 +77,8 @@ def _check(config: ExportConfig, source: Source, trained: TrainConfig, part: Pat
         return "not checked"
     count = min(config.check, len(source.images))
     try:
-        predict, read_back = formats.read(config.format, part, lambda: models.build(
-            trained.model, len(source.labels), source.shape, norm=trained.norm))
+        predict, read_back = formats.read(config.format, part, lambda: models.build_for(
+            trained.model, source.spec, norm=trained.norm))
         worst = difference(source, predict, spread(len(source.images), count))
     except OSError:
         raise
@@ -102,7 +102,7 @@ def difference(source: Source, predict: formats.Predict, indices: list[int]) -> 
     largest of the run's in size, over some test images.
 
     Args:
-        predict: (b, C, H, W) float32 in 0 .. 1 -> (b, classes).
+        predict: as in `hvdnoise.export.formats`.
         indices: of the test images.
     """
     assert source.images is not None
@@ -111,9 +111,9 @@ def difference(source: Source, predict: formats.Predict, indices: list[int]) -> 
         chosen = indices[first:first + _BATCH]
         images, _ = source.images.batch(chosen, None)
         expected = source.model(images)
-        pixels = source.images.pixels(chosen).float() / 255
-        found = predict(pixels).reshape(expected.shape)
-        alone = predict(pixels[:1]).reshape(expected[:1].shape)
+        inputs = source.inputs(chosen)
+        found = predict(inputs).reshape(expected.shape)
+        alone = predict(inputs[:1]).reshape(expected[:1].shape)
         for difference in ((found - expected), (alone - expected[:1])):
             worst = torch.maximum(worst, difference.abs().max())  # NaN stays
         largest = torch.maximum(largest, expected.abs().max())

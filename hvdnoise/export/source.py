@@ -15,35 +15,36 @@ from hvdnoise.export.config import ExportConfig
 from hvdnoise.reproduce.record import read_json
 from hvdnoise.training import checkpoint, rerun
 from hvdnoise.training.config import TrainConfig
+from hvdnoise.training.dataspec import DataSpec
 from hvdnoise.training.errors import ConfigError, one_line_errors
 from hvdnoise.training.fetch import prepare_here
-from hvdnoise.training.images import Images, normalisation
+from hvdnoise.training.images import PIXELS, Images, normalisation
 from hvdnoise.training.records import weights_digest
 
-INSIDE = "inside: the network takes values 0..1 and normalises them"
-OUTSIDE = "outside: give the network (x - mean) / std of values x in 0..1"
 _STEPS = {"weights.pt": "steps", "weights-ema.pt": "steps", "weights-best.pt": "best_step"}
 
 
 class Network(nn.Module):
-    """Images (b, C, H, W) float32 with values in 0 .. 1 -> logits (b, classes).
+    """Examples (b, *shape) float32, as `Source.inputs` has them -> logits (b, classes).
 
     Args:
-        model: takes normalised images.
+        model: takes normalised examples.
         mean, std: of each channel.
+        unit, dims: of the data set; see `hvdnoise.training.images.normalisation`.
     """
 
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], unit: int,
+                 dims: int) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.unit = model, unit
         self.scale: Tensor
         self.shift: Tensor
-        for name, value in zip(("scale", "shift"), normalisation(mean, std)):
+        for name, value in zip(("scale", "shift"), normalisation(mean, std, unit, dims)):
             self.register_buffer(name, value)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, examples: Tensor) -> Tensor:
         # in two steps: k / 255 * 255 is k exactly, and then all is as in the run
-        logits: Tensor = self.model(images * 255 * self.scale + self.shift)
+        logits: Tensor = self.model(examples * self.unit * self.scale + self.shift)
         return logits
 
 
@@ -52,26 +53,53 @@ class Source:
     """A run's network.
 
     Args:
-        model: in evaluation mode, with the weights, on the CPU; takes normalised images.
-        shape: (C, H, W) of an image.
-        mean, std: of each channel, of pixel values in 0 .. 1.
+        model: in evaluation mode, with the weights, on the CPU; takes normalised examples.
+        spec: of the data.
+        mean, std: of each channel, of values in 0 .. 1.
+        unit: stands for 1 in what the data set stores.
         labels: a name for each class.
         facts: what a file says of the network: texts by name, lists as JSON in ASCII.
-        images: the test images; None where they are not looked at.
+        images: the test examples; None where they are not looked at.
     """
 
     model: nn.Module
-    shape: tuple[int, int, int]
+    spec: DataSpec
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    unit: int
     labels: list[str]
     facts: dict[str, str]
     images: Images | None
 
     @property
-    def network(self) -> Network:
-        """The model with the normalisation before it."""
-        return Network(self.model, self.mean, self.std).eval()
+    def network(self) -> nn.Module:
+        """The model with the normalisation before it; whole numbers, such as tokens, have none."""
+        return Network(self.model, self.mean, self.std, self.unit,
+                       len(self.spec.image_shape)).eval() if self.has_floats else self.model
+
+    @property
+    def has_floats(self) -> bool:
+        """Whether the network takes float32; int64, if not."""
+        return self.spec.dtype == "float32"
+
+    @property
+    def example(self) -> Tensor:
+        """Two examples of zeros; of one torch would take the size of the batch for fixed."""
+        return torch.zeros(2, *self.spec.image_shape, dtype=getattr(torch, self.spec.dtype))
+
+    def inputs(self, indices: Sequence[int]) -> Tensor:
+        """Test examples (b, *shape) as `network` takes them."""
+        assert self.images is not None
+        stored = self.images.stored(indices)
+        return stored.float() / self.unit if self.has_floats else stored
+
+    def normalization(self, *, inside: bool) -> str:
+        """What a file says of the normalisation: whether its network does it."""
+        values = "values x in 0..1" if self.unit > 1 else "x as the data set has it"
+        if not self.has_floats:
+            return "none: the network takes whole numbers, int64"
+        return f"inside: the network takes {values} and normalises them" if inside else \
+            f"outside: give the network (x - mean) / std of {values}"
 
 
 @one_line_errors()
@@ -84,11 +112,11 @@ def read(config: ExportConfig, trained: TrainConfig, weights: Path) -> Source:
     """
     recorded, record = _labels(Path(config.run)), trained.data.record
     images: Images | None = None
-    if config.check > 0 or recorded is None:
+    if config.check > 0 or recorded is None or record.own:
         prepare_here(trained.data)
         datasets, model = rerun.restore(trained, weights, torch.device("cpu"))
-        shape, classes, images = datasets.spec.image_shape, datasets.spec.num_classes, datasets.test
-        mean, std, found = images.mean, images.std, list(images.classes)
+        spec, images = datasets.spec, datasets.test
+        mean, std, unit, found = images.mean, images.std, images.unit, list(images.classes)
         if recorded and recorded != found:
             other = next((pair for pair in zip(recorded, found) if pair[0] != pair[1]), None)
             what = f"{other[1]!r} in the place of {other[0]!r}" if other else \
@@ -97,13 +125,15 @@ def read(config: ExportConfig, trained: TrainConfig, weights: Path) -> Source:
                               f"was trained on ({what}): give the run's own with --data_root")
         recorded = found
     else:
-        shape, mean, std = record.shape(trained.data), record.mean, record.std
-        classes = len(recorded) or record.count(trained.data)[1]
-        model = rerun.network(trained, weights, classes, shape)
-    labels = recorded or [str(label) for label in range(classes)]
-    facts = _facts(trained, weights, labels, shape, mean, std)
+        mean, std, unit = record.mean, record.std, PIXELS
+        spec = DataSpec(record.name, len(recorded) or record.count(trained.data)[1],
+                        record.shape(trained.data), 0, 0)
+        model = rerun.network(trained, weights, spec)
+    labels = recorded or [str(label) for label in range(spec.num_classes)]
+    facts = _facts(trained, weights, labels, spec.image_shape, mean, std)
     facts["weights_sha256"] = weights_digest(model.state_dict())
-    return Source(model.eval(), shape, mean, std, labels, facts, images if config.check else None)
+    return Source(model.eval(), spec, mean, std, unit, labels, facts,
+                  images if config.check else None)
 
 
 def _facts(trained: TrainConfig, weights: Path, labels: list[str], shape: Sequence[int],

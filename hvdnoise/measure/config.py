@@ -19,6 +19,8 @@ class MeasureConfig:
         run: the run's folder.
         checkpoint: final, best, ema, or the path of a checkpoint or of saved weights.
         data_root: folder of the data sets; default: as the run had it.
+        trust_plugins: import the functions that the run names as data set and model. They are code:
+            look at them first.
         device: auto takes the GPU of the local rank where there is one.
         threads: of each rank; default: OMP_NUM_THREADS, else the cores shared out.
         examples: use at most so many training images, and as many test images; drawn by the seed.
@@ -39,6 +41,7 @@ class MeasureConfig:
     run: str = ""
     checkpoint: str = "final"
     data_root: str | None = None
+    trust_plugins: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
     examples: int = 512

@@ -40,7 +40,9 @@ def run(config: MeasureConfig, trained: TrainConfig, weights: Path, world: World
         ConfigError: on all ranks, when there is nothing to measure.
     """
     data.prepare(trained.data, world)
-    train, test = call_or_raise(world, lambda: _problems(config, trained, weights, world, device))
+    datasets, model = call_or_raise(world, lambda: rerun.restore(trained, weights, device))
+    rerun.agree(datasets, trained, device, world)
+    train, test = call_or_raise(world, lambda: _problems(config, datasets, model, world, device))
     before = weights_digest(train.model.state_dict())
     start = _start(train, test)
     make_folder(config.folder, world)
@@ -95,10 +97,9 @@ def measure(config: MeasureConfig, train: Problem, test: Problem) -> dict[str, A
             "seconds": seconds}
 
 
-def _problems(config: MeasureConfig, trained: TrainConfig, weights: Path, world: World,
+def _problems(config: MeasureConfig, datasets: data.Datasets, model: torch.nn.Module, world: World,
               device: torch.device) -> tuple[Problem, Problem]:
     """The loss on training images and on test images."""
-    datasets, model = rerun.restore(trained, weights, device)
     shares = [draw(images, config.examples, config.seed, part, world, device,
                    batch_size=config.batch_size)
               for images, part in ((datasets.train, "train"), (datasets.test, "test"))]

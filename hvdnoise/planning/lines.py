@@ -110,8 +110,7 @@ def _replicas(count: int, container: dict[str, Any]) -> dict[str, Any]:
 
 def job_name(config: PlanConfig) -> str:
     """A name that Kubernetes allows: at most 40 of a-z, 0-9 and -."""
-    name = config.name or f"{config.model}-{config.data.dataset}"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-") or "hvdnoise"
+    return re.sub(r"[^a-z0-9]+", "-", config.title.lower()).strip("-")[:40].strip("-") or "hvdnoise"
 
 
 def files(config: PlanConfig, flags: Sequence[str]) -> dict[str, str]:

@@ -65,10 +65,11 @@ def outline(config: PlanConfig) -> Outline:
     ranks, batch = config.ranks, config.worker_batch(config.ranks)
     workers = config.workers(ranks)
     examples, classes, image_shape = facts(config)
+    dtype = config.data.record.dtype(config.data)
     per_epoch = steps_per_epoch(examples, workers, batch, repeat=config.data.repeat)
     total = max(1, round(config.epochs * per_epoch))
     peak = peak_rate(config.optim.lr, config.lr, workers * batch)
-    layout = model_layout(config.model, classes, image_shape, norm=config.norm)
+    layout = model_layout(config.model, classes, image_shape, norm=config.norm, dtype=dtype)
     noise = config.noise.build(seed=config.seed, batch_size=batch, total_steps=total)
     mixes = noise is not None and noise.mixes
     plan = choose(config.exchange, shape(config, layout.numbers), mixes=mixes,
@@ -112,14 +113,15 @@ def shape(config: PlanConfig, parameters: int, statistics_bytes: int = 0) -> Sha
                  statistics_bytes=statistics_bytes)
 
 
-def facts(config: PlanConfig) -> tuple[int, int, tuple[int, int, int]]:
+def facts(config: PlanConfig) -> tuple[int, int, tuple[int, ...]]:
     """Training images in use, classes and (channels, height, width) of the data set.
 
     Raises:
         ConfigError: for folders of images that are not here and were not described.
     """
     data = config.data
-    examples, classes = _counted(config) if data.record.counted else data.record.count(data)
+    described = data.record.counted and not data.record.own
+    examples, classes = _counted(config) if described else data.record.count(data)
     return data.in_use(examples), classes, data.record.shape(data)
 
 
@@ -135,12 +137,12 @@ def _counted(config: PlanConfig) -> tuple[int, int]:
     return config.examples or examples, config.classes or classes
 
 
-def model_layout(model: str, classes: int, image_shape: tuple[int, int, int], *,
-                 norm: str = "auto") -> Layout:
+def model_layout(model: str, classes: int, image_shape: tuple[int, ...], *,
+                 norm: str = "auto", dtype: str = "float32") -> Layout:
     """The buckets of a model's parameters.
 
     Raises:
         ValueError: when there is no such model, or it cannot take such images.
     """
-    built = models.outline(model, classes, image_shape, norm=norm)
+    built = models.outline(model, classes, image_shape, norm=norm, dtype=dtype)
     return default_layout(list(built.named_parameters()))

@@ -77,6 +77,7 @@ def check(config: ReproduceConfig, record: Record) -> None:
                           "the run does; look at it, and add --trust_plugins")
     plugins.load(record.plugins)
     trained = _settings(config, record)
+    plugins.load_functions(trained)
     validate(trained, record.ranks)
     trained.data.record.prepare(trained.data)
 

@@ -21,7 +21,8 @@ class ReproduceConfig:
         run: the run's folder; nothing in it is changed.
         out: folder of the new run; default: RUN/reproduced.
         data_root: folder of the data sets; default: as the run had it.
-        trust_plugins: import the plugins that the run names. They are code: look at them first.
+        trust_plugins: import the plugins, and the functions of data set and model, that the run
+            names. They are code: look at them first.
         overwrite: replace an earlier run in out.
         dry_run: say what would be started and what differs from the record, and start nothing.
     """

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvdnoise.training import yamlfile
+from hvdnoise.training import plugins, yamlfile
 from hvdnoise.training.config import ConfigError
 from hvdnoise.training.errors import one_line
 from hvdnoise.training.origin import is_variable
@@ -43,11 +43,12 @@ class Record:
 
     @property
     def plugins(self) -> list[str]:
-        """Python files and modules that the run imports."""
+        """Python files and modules that the run imports: its plugins, and those of functions."""
         found = self.settings.get("plugins") or []
         if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
             raise ConfigError(f"{self.folder / 'config.yaml'}: plugins={found} is no list of names")
-        return found
+        return list(dict.fromkeys([*found, *map(
+            plugins.code_of, plugins.function_names(self.settings).values())]))
 
     @property
     def transport(self) -> str:

@@ -126,21 +126,24 @@ class Plan:
 
 
 @one_line_errors()
-def make(config: StudyConfig) -> Plan:
+def make(config: StudyConfig, *, trust: bool = True) -> Plan:
     """Every run, its settings checked as `hvdnoise train` would on the ranks of the study.
+
+    Args:
+        trust: import the code that the settings name; else what was imported already counts.
 
     Raises:
         ConfigError: one line that names method and batch.
     """
     methods = read_methods(config)
-    for each in (config.settings, *(method.settings for method in methods.values())):
+    for each in (config.settings, *(method.settings for method in methods.values())) * trust:
         plugins.load(tuple(each.get("plugins") or ()))
     read = reader(TrainConfig, program=PROGRAM)
     cells = []
     for name, method in methods.items():
         for batch in batches_of(config, method):
             try:
-                cells.append(_cell(config, name, method, batch, read))
+                cells.append(_cell(config, name, method, batch, read, trust))
             except ConfigError as error:
                 raise ConfigError(f"methods.{name}, batch {batch}: {error}") from error
     plan = Plan(config, cells)
@@ -151,7 +154,8 @@ def make(config: StudyConfig) -> Plan:
     return plan
 
 
-def _cell(config: StudyConfig, name: str, method: MethodConfig, batch: int, read: Any) -> Cell:
+def _cell(config: StudyConfig, name: str, method: MethodConfig, batch: int, read: Any,
+          trust: bool) -> Cell:
     given = settings_of(config, method)
     axes = search.read({**config.search, **method.search})
     require(search.LEARNING_RATE in axes, "search", list(axes),
@@ -164,6 +168,8 @@ def _cell(config: StudyConfig, name: str, method: MethodConfig, batch: int, read
     points = search.points(axes, config.trials)
     trained = [read(_nested({**given, **point})) for point in points]
     for each in trained:
+        if trust:
+            plugins.load_functions(each)
         validate(replace(each, device="auto") if config.dry_run else each, config.ranks)
     require(method.weights == "final" or all(each.ema for each in trained), "weights",
             method.weights, "the runs have no moving average: add ema to settings, as 0.999")

@@ -72,7 +72,7 @@ def _earlier(folder: Path) -> Plan:
     try:
         config = from_file(StudyConfig, folder / FILE, program=PROGRAM)
         check(config)
-        return make(replace(config, dry_run=True))
+        return make(replace(config, dry_run=True), trust=False)  # the folder is data
     except ConfigError as error:
         raise ConfigError(f"{folder / FILE} cannot be read ({error}): restore it, or give another "
                           "out") from error

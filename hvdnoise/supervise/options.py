@@ -162,8 +162,7 @@ def _with_folder(options: Options) -> Options:
     """The same with a run folder, whose name follows from the command."""
     config = options.config
     text = json.dumps([identity(config), options.script], sort_keys=True)
-    name = config.name or f"{config.model.replace(':', '-')}-{config.data.dataset}"
-    folder = f"runs/{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+    folder = f"runs/{config.title}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
     return replace(options, train=(*options.train, "--run_dir", folder),
                    config=replace(config, run_dir=folder))
 

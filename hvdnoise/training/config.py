@@ -7,6 +7,7 @@ their own: `data` (hvdnoise.training.dataspec), `optim` and `lr` (hvdnoise.train
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -42,7 +43,8 @@ class TrainConfig:
     Args:
         data: the data set.
         model: mlp, small-cnn, resnet20/32/44/56/110, resnet18-cifar, wrn16-4/16-8/28-10,
-            vgg16-bn, or a classifier of torchvision by name.
+            vgg16-bn, or a classifier of torchvision by name; or a function of your own that
+            returns one, as FILE.py:FUNCTION or MODULE:FUNCTION, see docs/own.md.
         norm: normalisation of small-cnn, vgg16-bn and the residual networks for small images;
             auto: each one's own. Under batch norm each worker's batch has its own statistics.
         optim: the optimizer.
@@ -116,6 +118,11 @@ class TrainConfig:
     spectrum_every: int = 100
     tensorboard: bool = True
     progress: Literal["auto", "bar", "lines", "none"] = "auto"
+
+    @property
+    def title(self) -> str:
+        """The run's name as a folder's."""
+        return self.name or re.sub(r"[^\w.-]+", "-", f"{self.model}-{self.data.dataset}")
 
     def workers(self, size: int) -> int:
         """W, on ``size`` ranks."""

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hvdnoise import streams
 from hvdnoise.training.dataspec import DataConfig, DataError, DataSpec
+from hvdnoise.training.errors import ConfigError
 from hvdnoise.training.fetch import prepare
 from hvdnoise.training.images import Images, Subset, noisy_labels
 from hvdnoise.training.sampler import WorkerSampler, steps_per_epoch, test_shards
@@ -64,7 +65,7 @@ def build(config: DataConfig, *, seed: int) -> Datasets:
     try:
         whole, num_classes = record.load(config, seed, "train")
         test, _ = record.load(config, seed, "test")
-    except DataError:
+    except (ConfigError, DataError):
         raise
     except (RuntimeError, OSError, ValueError, IndexError) as error:
         text = " ".join(str(error).split())
@@ -72,8 +73,9 @@ def build(config: DataConfig, *, seed: int) -> Datasets:
                         "hvdnoise.training.data.prepare first") from error
     train, validation = _split(whole, config, num_classes, seed)
     held_out = 0 if validation is None else len(validation)
-    return Datasets(train, test, DataSpec(config.dataset, num_classes, record.shape(config),
-                                          len(train), len(test), held_out), validation)
+    spec = DataSpec(config.dataset, num_classes, record.shape(config), len(train), len(test),
+                    held_out, record.dtype(config))
+    return Datasets(train, test, spec, validation)
 
 
 def _split(whole: Images, config: DataConfig, num_classes: int, seed: int

@@ -39,6 +39,7 @@ class DataRecord(ABC):
         side: height and width of the images in pixels.
         sizable: whether the settings can choose another side.
         counted: whether images and classes are known from the files alone.
+        own: whether a function of the user's gives it (`hvdnoise.training.own_data`).
         padding: of the random crop, in pixels.
         folder: where the unpacked files lie, below the root; None for no place of its own.
         package: Debian's package that puts the archives into /usr/share/datasets/NAME.
@@ -53,14 +54,20 @@ class DataRecord(ABC):
     side: int
     sizable: bool = False
     counted: bool = False
+    own: bool = False
     padding: int | None = None
     folder: str | None = None
     package: str | None = None
 
-    def shape(self, config: DataConfig) -> tuple[int, int, int]:
-        """(channels, height, width) of the images that the loaders yield."""
+    def shape(self, config: DataConfig) -> tuple[int, ...]:
+        """(channels, height, width) of the images that the loaders yield; of a set of the user's
+        own any shape."""
         side = config.image_size or self.side
         return len(self.mean), side, side
+
+    def dtype(self, config: DataConfig) -> str:
+        """What the loaders yield: float32, or int64 of a set of the user's own."""
+        return "float32"
 
     def count(self, config: DataConfig) -> tuple[int, int]:
         """Images of the training set, of which `DataConfig.in_use` says how many are trained on;

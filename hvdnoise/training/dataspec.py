@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from hvdnoise.training import plugins
 from hvdnoise.training.datasets import DATASETS, DataRecord
 from hvdnoise.training.errors import DataError
+from hvdnoise.training.own_data import OwnData
 
 __all__ = ["DataConfig", "DataError", "DataSpec"]
 
@@ -22,18 +24,21 @@ class DataSpec:
     Args:
         name: the data set's name in `DataConfig`.
         num_classes: labels are 0 .. num_classes - 1.
-        image_shape: (channels, height, width) of the images that the loaders yield.
+        image_shape: (channels, height, width) of the images that the loaders yield; of a set of the
+            user's own any shape.
         num_train: training examples in use (`DataConfig.in_use`).
         num_test: test examples.
         num_validation: examples of the training set that are held out.
+        dtype: of what the loaders yield: float32 or int64.
     """
 
     name: str
     num_classes: int
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     num_train: int
     num_test: int
     num_validation: int = 0
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,13 @@ class DataConfig:
     """The data settings of a run.
 
     Args:
-        dataset: which data set.
-        root: folder of the data sets; for imagefolder the folder that holds train/ and val/.
+        dataset: which data set; or a function of your own that returns one, as FILE.py:FUNCTION or
+            MODULE:FUNCTION, see docs/own.md.
+        root: folder of the data sets; for imagefolder the folder that holds train/ and val/; a
+            function of your own is given it.
         batch_size: training examples per worker and step (b).
-        augment: random crops and horizontal flips of the training images.
+        augment: random crops and horizontal flips of the training images; for a data set of your
+            own, whether what its items draw at random is another in each epoch.
         loader_workers: processes per rank that prepare batches; 0 prepares them in the rank itself.
         image_size: height and width in pixels; only for {sizable}, the other sets have their own.
         download: fetch a missing data set from its home page.
@@ -67,7 +75,7 @@ class DataConfig:
     """
 
     # read anew by each parse: a plugin's record is a choice like the others
-    dataset: Literal[tuple(DATASETS)] = next(iter(DATASETS))  # type: ignore[valid-type]
+    dataset: Literal[tuple(DATASETS)] | str = next(iter(DATASETS))  # type: ignore[valid-type]
     root: str = "data"
     batch_size: int = 64
     augment: bool = True
@@ -83,9 +91,10 @@ class DataConfig:
     digest: Literal["sample", "whole"] = "sample"
 
     def __post_init__(self) -> None:
-        if self.dataset not in DATASETS:
-            raise DataError(f"data.dataset={self.dataset!r} is unknown: choose one of "
-                            f"{', '.join(DATASETS)}")
+        if self.dataset not in DATASETS and not plugins.names_function(self.dataset):
+            raise DataError(f"data.dataset={self.dataset} is wrong: give one of "
+                            f"{', '.join(DATASETS)}, or a function of your own as FILE.py:FUNCTION "
+                            "or MODULE:FUNCTION")
         smallest = {"batch_size": 1, "loader_workers": 0, "image_size": 8, "num_examples": 1,
                     "num_classes": 2, "validation": 0, "limit": 1, "repeat": 1}
         for name, least in smallest.items():
@@ -107,7 +116,7 @@ class DataConfig:
     @property
     def record(self) -> DataRecord:
         """What there is to know of the data set."""
-        return DATASETS[self.dataset]
+        return DATASETS.get(self.dataset) or OwnData(name=self.dataset)
 
     def in_use(self, images: int) -> int:
         """The examples that are trained on, of so many ``images`` of the training set.

@@ -90,7 +90,7 @@ class FolderImages(Images):
             labels.append(label)
         return self.normalise(torch.stack(images)), torch.tensor(labels)
 
-    def pixels(self, indices: Sequence[int]) -> Tensor:
+    def stored(self, indices: Sequence[int]) -> Tensor:
         return torch.stack([self._testing(self[index][0]) for index in indices])
 
 

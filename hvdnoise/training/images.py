@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from hvdnoise import streams
 from hvdnoise.training.augment import crop_and_flip, example_bits
 
+PIXELS = 255  # a pixel's largest value, which stands for 1
 SAMPLE = 64  # images, where not all are read for a digest
 MODERATE_BYTES = 256 << 20  # of images in memory that are read whole
 
@@ -29,8 +30,10 @@ class Images(Dataset[tuple[Any, int]]):
     """A data set that prepares a batch at a time.
 
     Args:
-        mean, std: of each channel, of pixel values in 0 .. 1.
+        mean, std: of each channel, of values in 0 .. 1.
         seed: of the augmentation; equal on all ranks.
+        unit: the number that stands for 1 in what is stored.
+        dims: of an example.
 
     Attributes:
         labels: (N,) int64.
@@ -40,9 +43,10 @@ class Images(Dataset[tuple[Any, int]]):
     labels: NDArray[np.int64]
     classes: Sequence[str] = ()
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], seed: int) -> None:
-        self.mean, self.std, self.seed = tuple(mean), tuple(std), seed
-        self._scale, self._shift = normalisation(mean, std)
+    def __init__(self, mean: Sequence[float], std: Sequence[float], seed: int, *,
+                 unit: int = PIXELS, dims: int = 3) -> None:
+        self.mean, self.std, self.seed, self.unit = tuple(mean), tuple(std), seed, unit
+        self._scale, self._shift = normalisation(mean, std, unit, dims)
 
     @abstractmethod
     def __len__(self) -> int:
@@ -53,7 +57,7 @@ class Images(Dataset[tuple[Any, int]]):
         """Images (b, C, H, W) float32, normalised, and labels (b,) int64."""
 
     @abstractmethod
-    def pixels(self, indices: Sequence[int]) -> Tensor:
+    def stored(self, indices: Sequence[int]) -> Tensor:
         """(b, C, H, W) uint8: what `batch` normalises where there is no epoch."""
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -77,16 +81,20 @@ class Images(Dataset[tuple[Any, int]]):
         return {"labels": digest_of(self.labels), content_name(whole): total.hexdigest()}
 
 
-def normalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Scale and shift, each (C, 1, 1) float32: pixels 0 .. 255 times scale, plus shift, are
+def normalisation(mean: Sequence[float], std: Sequence[float], unit: int = PIXELS, dims: int = 3
+                  ) -> tuple[Tensor, Tensor]:
+    """Scale and shift, each (C, 1, 1) float32: numbers 0 .. ``unit`` times scale, plus shift, are
     normalised.
 
     Args:
-        mean, std: of each channel, of pixel values in 0 .. 1.
+        mean, std: of each channel, of values in 0 .. 1.
+        unit: stands for 1.
+        dims: of an example; the first are channels.
     """
-    scale = (1 / (255 * torch.tensor(std, dtype=torch.float64))).float()
+    scale = (1 / (unit * torch.tensor(std, dtype=torch.float64))).float()
     shift = (-torch.tensor(mean) / torch.tensor(std)).float()
-    return scale.view(-1, 1, 1), shift.view(-1, 1, 1)
+    each = -1, *[1] * (dims - 1)
+    return scale.view(each), shift.view(each)
 
 
 def spread(count: int, wanted: int) -> list[int]:
@@ -105,6 +113,15 @@ def digest_of(values: NDArray[Any]) -> str:
     total = hashlib.sha256(f"{values.dtype.str} {values.shape}".encode())
     total.update(np.ascontiguousarray(values).data)
     return total.hexdigest()
+
+
+def digests_of_arrays(images: NDArray[Any], labels: NDArray[np.int64], *, whole: bool
+                      ) -> dict[str, str]:
+    """As `Images.digests`, of images in memory: of all where they are few, else of a part."""
+    whole |= images.nbytes <= MODERATE_BYTES
+    wanted = MODERATE_BYTES * len(images) // max(1, images.nbytes)
+    chosen = images if whole else images[spread(len(images), wanted)]
+    return {"labels": digest_of(labels), content_name(whole): digest_of(chosen)}
 
 
 class ArrayImages(Images):
@@ -131,10 +148,7 @@ class ArrayImages(Images):
         return len(self.images)
 
     def digests(self, *, whole: bool) -> dict[str, str]:
-        whole |= self.images.nbytes <= MODERATE_BYTES
-        wanted = MODERATE_BYTES * len(self) // max(1, self.images.nbytes)
-        images = self.images if whole else self.images[spread(len(self), wanted)]
-        return {"labels": digest_of(self.labels), content_name(whole): digest_of(images)}
+        return digests_of_arrays(self.images, self.labels, whole=whole)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return torch.from_numpy(self.images[index].copy()), int(self.labels[index])
@@ -146,7 +160,7 @@ class ArrayImages(Images):
             images = crop_and_flip(images, example_bits(self.seed, epoch, chosen), self.padding)
         return self.normalise(torch.from_numpy(images)), torch.from_numpy(self.labels[chosen])
 
-    def pixels(self, indices: Sequence[int]) -> Tensor:
+    def stored(self, indices: Sequence[int]) -> Tensor:
         return torch.from_numpy(self.images[np.asarray(indices, dtype=np.int64)])
 
 
@@ -183,8 +197,8 @@ class Subset(Images):
         images, _ = self.whole.batch(self.indices[chosen].tolist(), epoch)
         return images, torch.from_numpy(self.labels[chosen])
 
-    def pixels(self, indices: Sequence[int]) -> Tensor:
-        return self.whole.pixels(self.indices[np.asarray(indices, dtype=np.int64)].tolist())
+    def stored(self, indices: Sequence[int]) -> Tensor:
+        return self.whole.stored(self.indices[np.asarray(indices, dtype=np.int64)].tolist())
 
 
 def noisy_labels(labels: NDArray[np.int64], share: float, num_classes: int, seed: int

@@ -37,6 +37,7 @@ from hvdnoise.training.optim import build_optimizer, build_schedule
 from hvdnoise.training.origin import Start, facts, starts_with
 from hvdnoise.training.records import versions
 from hvdnoise.training.sampler import WorkerSampler
+from hvdnoise.training.validation import fits
 
 State = dict[str, Any]
 
@@ -197,12 +198,13 @@ def build(config: TrainConfig, world: World, device: torch.device) -> Job:
         repeat=config.data.repeat)
     total_steps = max(1, round(config.epochs * sampler.steps_per_epoch))
     torch.manual_seed(config.seed)
-    model = models.build(config.model, datasets.spec.num_classes, datasets.spec.image_shape,
-                         norm=config.norm)
+    model = models.build_for(config.model, datasets.spec, norm=config.norm)
     model.to(device)
     ema = make_ema(model, config.ema)
     noise = config.noise.build(seed=config.seed, batch_size=sampler.batch_size,
                                total_steps=total_steps)
+    if noise is not None:
+        fits(noise, model)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     optimizer = DistributedOptimizer(
         build_optimizer(model, config.optim), named_parameters=model.named_parameters(),

@@ -63,9 +63,8 @@ def _score_test(job: Job, records: Records) -> Scores:
 
 
 def _best_model(job: Job) -> nn.Module:
-    spec = job.datasets.spec
-    model = models.build(job.config.model, spec.num_classes, spec.image_shape,
-                         norm=job.config.norm).to(job.device)
+    model = models.build_for(job.config.model, job.datasets.spec,
+                             norm=job.config.norm).to(job.device)
     assert job.best is not None  # there has been a score
     model.load_state_dict(job.best)
     return model

@@ -11,6 +11,8 @@
 - vgg16-bn: VGG16 with batch norm and one linear layer, for images of about 32x32 pixels.
 - any classifier of torchvision.models by its name, with random weights ("resnet18", or
   "torchvision:resnet18"). Its first convolution is made anew for images without 3 channels.
+- a function of the user's own, as FILE.py:FUNCTION or MODULE:FUNCTION; see docs/own.md. mlp and
+  such a function also take examples that are no images.
 
 The normalisation of small-cnn, the CIFAR networks and vgg16-bn can be chosen (``norm``):
 
@@ -37,6 +39,8 @@ import torch
 from torch import nn
 
 from hvdnoise import extras
+from hvdnoise.training import plugins
+from hvdnoise.training.dataspec import DataSpec
 from hvdnoise.training.residual import (
     LAYERS,
     CifarResNet,
@@ -46,7 +50,8 @@ from hvdnoise.training.residual import (
     kaiming,
 )
 
-_Builder = Callable[[int, tuple[int, int, int]], nn.Module]
+Shape = tuple[int, ...]
+_Builder = Callable[[int, Any], nn.Module]
 NORMS = ("auto", "batch", "group")
 _PREFIX = "torchvision:"
 
@@ -60,25 +65,38 @@ def _own_names() -> list[str]:
     return [*_NORMED, *_BUILDERS]
 
 
-def build(name: str, num_classes: int, image_shape: tuple[int, int, int], *, norm: str = "auto"
-          ) -> nn.Module:
-    """A new model: (b, C, H, W) float images -> (b, num_classes) logits.
+def build_for(name: str, spec: DataSpec, *, norm: str = "auto") -> nn.Module:
+    """`build`, for a data set."""
+    return build(name, spec.num_classes, spec.image_shape, norm=norm, dtype=spec.dtype)
+
+
+def build(name: str, num_classes: int, image_shape: Shape, *, norm: str = "auto",
+          dtype: str = "float32") -> nn.Module:
+    """A new model: (b, C, H, W) images -> (b, num_classes) logits.
 
     Args:
-        name: one of `names()`; "torchvision:NAME" takes torchvision's where both have one.
+        name: one of `names()`; "torchvision:NAME" takes torchvision's where both have one; or the
+            name of a function of the user's own, which the user has named (`plugins.function`).
         num_classes: width of the logits.
-        image_shape: (C, H, W).
+        image_shape: (C, H, W); of the user's own data any shape.
         norm: one of `NORMS`; see the module.
+        dtype: of the images: float32, or int64 of the user's own data.
 
     Raises:
         ValueError: an unknown name (with the nearest ones), images the model cannot take, or a
             ``norm`` for a model without a choice.
     """
     builder = find(name, norm)
+    blank = torch.zeros(1, *image_shape, dtype=getattr(torch, dtype))
+    if plugins.names_function(name):
+        return _own(name, builder, num_classes, blank)
+    if name != "mlp" and len(image_shape) != 3 or dtype != "float32":
+        raise ValueError(f"model {name!r} takes images (C, H, W) of floats, and an example is "
+                         f"{dtype} {image_shape}: give a model of your own, as FILE.py:FUNCTION")
     try:
         model = builder(num_classes, image_shape).eval()
         with torch.no_grad():  # a blank image, so that a misfit is an error before the run
-            logits = model(torch.zeros(1, *image_shape))
+            logits = model(blank)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ValueError(f"model {name!r} cannot take images of shape {image_shape} "
                          f"({' '.join(str(error).split())}): choose another model or "
@@ -87,14 +105,44 @@ def build(name: str, num_classes: int, image_shape: tuple[int, int, int], *, nor
     return model.train()
 
 
-def outline(name: str, num_classes: int, image_shape: tuple[int, int, int], *, norm: str = "auto"
-            ) -> nn.Module:
+def _own(name: str, function: Callable[..., Any], num_classes: int, blank: torch.Tensor
+         ) -> nn.Module:
+    """The model of the user's function; whatever is wrong with it is one line."""
+    shape = tuple(blank.shape[1:])
+    try:
+        model = function(num_classes, shape)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"model={name}, called with {num_classes} classes and the shape {shape}, "
+                         f"raised {plugins.blame(error, function)}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model={name} returned {type(model).__name__}: return a torch.nn.Module")
+    try:
+        with torch.no_grad():
+            logits = model.eval()(blank)
+    except Exception as error:
+        raise ValueError(f"model={name} cannot take the batch {_describe(blank)}: "
+                         f"{plugins.blame(error, function)}") from error
+    if not isinstance(logits, torch.Tensor) or logits.shape != (1, num_classes) \
+            or not logits.is_floating_point():
+        raise ValueError(f"model={name} gives {_describe(logits)} for the batch "
+                         f"{_describe(blank)}: give logits (1, {num_classes})")
+    return model.train()
+
+
+def _describe(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+
+
+def outline(name: str, num_classes: int, image_shape: Shape, *, norm: str = "auto",
+            dtype: str = "float32") -> nn.Module:
     """A model to look at; it is built without storage where it can be. Raises as `build`."""
     try:
         with torch.device("meta"):
-            return build(name, num_classes, image_shape, norm=norm)
+            return build(name, num_classes, image_shape, norm=norm, dtype=dtype)
     except ValueError:  # some of torchvision's look at their numbers; or it is a real misfit
-        return build(name, num_classes, image_shape, norm=norm)
+        return build(name, num_classes, image_shape, norm=norm, dtype=dtype)
 
 
 def find(name: str, norm: str = "auto") -> _Builder:
@@ -103,19 +151,24 @@ def find(name: str, norm: str = "auto") -> _Builder:
         raise ValueError(f"norm={norm!r} is unknown: choose one of {', '.join(NORMS)}")
     if name in _NORMED:
         return functools.partial(_NORMED[name], norm)
+    if plugins.names_function(name):
+        if norm != "auto":
+            raise ValueError(f"norm={norm} does nothing in model {name!r}: leave it out")
+        return plugins.function(name)
     plain = name.removeprefix(_PREFIX)
     if name not in _BUILDERS and plain not in _torchvision_names():
         near = difflib.get_close_matches(plain, names(), n=3, cutoff=0.5)
         raise ValueError(f"model {name!r} is unknown: " + (
             f"did you mean {' or '.join(near)}?" if near else
-            f"choose one of {', '.join(_own_names())} or a classifier of torchvision"))
+            f"choose one of {', '.join(_own_names())}, a classifier of torchvision, or a function "
+            "of your own as FILE.py:FUNCTION"))
     if norm != "auto":
         raise ValueError(f"norm={norm} does nothing in model {name!r}: leave it out, or choose one "
                          f"of {', '.join(_NORMED)}")
     return _BUILDERS.get(name) or functools.partial(_torchvision, plain)
 
 
-def _mlp(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+def _mlp(num_classes: int, image_shape: Shape) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(image_shape), 128), nn.ReLU(),
                          nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, num_classes))
 

@@ -38,8 +38,8 @@ T = TypeVar("T")
 def parse(kind: type[T], arguments: Sequence[str], *, program: str, positional: str = "") -> T:
     """The settings ``kind`` (a dataclass) from flags and ``--config`` files.
 
-    Plugins that they name are imported first. ``--help`` and ``--print_config`` print and exit
-    with 0.
+    Plugins that they name are imported first, functions last. ``--help`` and ``--print_config``
+    print and exit with 0.
 
     Raises:
         ConfigError: for anything that is no right setting by itself.
@@ -57,13 +57,14 @@ def parse(kind: type[T], arguments: Sequence[str], *, program: str, positional: 
                 found = _parser(kind, exact, program, positional).parse_args(arguments)
         config = _build(kind, found)
     plugins.load(getattr(config, "plugins", ()))  # by an abbreviated flag
+    plugins.load_functions(config)
     return config
 
 
 def from_file(kind: type[T], path: Path, *, program: str, without: Sequence[str] = ()) -> T:
     """The settings of a file alone, but some groups, which are as by default.
 
-    No plugin is imported.
+    No plugin and no function is imported.
 
     Raises:
         ConfigError: for a file that holds no such settings.
@@ -76,7 +77,8 @@ def from_file(kind: type[T], path: Path, *, program: str, without: Sequence[str]
 def reader(kind: type[T], *, program: str) -> Callable[[dict[str, Any]], T]:
     """A function from nested settings to ``kind``; quick where there are many to read.
 
-    No plugin is imported. The function raises a ConfigError for what are no such settings.
+    Nothing that they name is imported. The function raises a ConfigError for what are no such
+    settings.
     """
     groups = [name for name, hint in typing.get_type_hints(kind).items() if hasattr(hint, "schema")]
     parsers: dict[Any, jsonargparse.ArgumentParser] = {}  # by the kinds of noise, as in `parse`

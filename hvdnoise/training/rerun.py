@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from hvdnoise.comm import World
-from hvdnoise.training import checkpoint, data, models
+from hvdnoise.training import checkpoint, data, models, plugins
+from hvdnoise.training.agreement import agree_on_data
 from hvdnoise.training.config import ConfigError, TrainConfig
 from hvdnoise.training.errors import one_line_errors
 from hvdnoise.training.evaluate import evaluate
@@ -20,13 +21,17 @@ from hvdnoise.training.weights import FILES, read
 
 
 @one_line_errors()
-def find(run: str, which: str, data_root: str | None) -> tuple[TrainConfig, Path]:
+def find(run: str, which: str, data_root: str | None, *, trust: bool = False
+         ) -> tuple[TrainConfig, Path]:
     """The settings of a run, but its noise, and the file of the weights asked for.
 
     The run's plugins are not imported: a run folder is data, and scoring needs no noise.
 
+    Args:
+        trust: import the functions that the run names as its data set and its model.
+
     Raises:
-        ConfigError: when there is no such run or file.
+        ConfigError: when there is no such run or file, or when it needs code and is not trusted.
     """
     folder = Path(run)
     if not (folder / "config.yaml").is_file():
@@ -41,6 +46,12 @@ def find(run: str, which: str, data_root: str | None) -> tuple[TrainConfig, Path
         others += [name for name, file in FILES.items() if (folder / file).is_file()]
         raise ConfigError(f"checkpoint={which}: there is no {weights}; there are: "
                           f"{', '.join(others) or 'none'}")
+    named = plugins.function_names(vars(config))
+    if named and not trust:
+        text = " and ".join(f"{flag}={name}" for flag, name in named.items())
+        raise ConfigError(f"run={run} was made with {text}: code, which may come from wherever the "
+                          "run does; look at it, and add --trust_plugins")
+    plugins.load_functions(config)
     if data_root is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=data_root))
     return config, weights
@@ -55,14 +66,12 @@ def restore(config: TrainConfig, weights: Path, device: torch.device
             or do not fit.
     """
     datasets = data.build(config.data, seed=config.seed)
-    model = network(config, weights, datasets.spec.num_classes, datasets.spec.image_shape)
-    return datasets, model.to(device)
+    return datasets, network(config, weights, datasets.spec).to(device)
 
 
-def network(config: TrainConfig, weights: Path, num_classes: int,
-            image_shape: tuple[int, int, int]) -> torch.nn.Module:
+def network(config: TrainConfig, weights: Path, spec: data.DataSpec) -> torch.nn.Module:
     """The model of a run with ``weights``, on the CPU. Raises as `restore`."""
-    model = models.build(config.model, num_classes, image_shape, norm=config.norm)
+    model = models.build_for(config.model, spec, norm=config.norm)
     state = read(weights)
     try:
         model.load_state_dict(state)
@@ -72,11 +81,23 @@ def network(config: TrainConfig, weights: Path, num_classes: int,
     return model
 
 
+def agree(datasets: data.Datasets, config: TrainConfig, device: torch.device, world: World
+          ) -> None:
+    """See that all ranks have the same data, where nothing has checked the files. Collective.
+
+    Raises:
+        ConfigError: on all ranks, where they have not.
+    """
+    if config.data.record.own:
+        agree_on_data(datasets, config.data, device, world)
+
+
 def score(config: TrainConfig, weights: Path, world: World, device: torch.device, *,
           batch_size: int) -> int:
     """Score, and say the result on one line. Collective."""
     data.prepare(config.data, world)
     datasets, model = call_or_raise(world, lambda: restore(config, weights, device))
+    agree(datasets, config, device, world)
     batches = data.eval_loader(datasets.test, size=world.size, rank=world.rank,
                                batch_size=batch_size)
     found = evaluate(model, batches, world, device)

@@ -37,8 +37,7 @@ def hold_folder(config: TrainConfig, world: World, model: nn.Module, on_loss: Ca
         if config.run_dir is not None:
             yield Path(config.run_dir)
             return
-        name = config.name or f"{config.model.replace(':', '-')}-{config.data.dataset}"
-        stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        stem = f"{config.title}-{time.strftime('%Y%m%d-%H%M%S')}"
         for suffix in ("", *(f"-{number}" for number in range(2, 100))):
             folder = Path("runs") / f"{stem}{suffix}"
             if not folder.exists():

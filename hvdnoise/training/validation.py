@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hvdnoise import extras
 from hvdnoise.exchange_plan import Shape
-from hvdnoise.noise.base import LayerNoise, WeightNoise, part
+from hvdnoise.noise.base import LayerNoise, Noise, WeightNoise, part
 from hvdnoise.plans import choose
 from hvdnoise.training.config import ConfigError, TrainConfig
 from hvdnoise.training.errors import one_line_errors
 from hvdnoise.training.process import MOST_THREADS
+
+if TYPE_CHECKING:
+    from torch import nn
 
 MOST_EPOCHS = 1e9
 MOST_WORKERS = 1 << 16  # virtual ones, of a rank
@@ -133,16 +136,19 @@ def _check_noise(config: TrainConfig, size: int) -> None:
     require(weights is None or not weights.echo or config.data.repeat >= 2,
             "noise.echo", True, "it acts in the second pass over a batch, and each batch is drawn "
             "once; set data.repeat=2")
-    layered = part(noise, LayerNoise)
-    if noise.sees_examples or layered is not None:
-        from hvdnoise.per_example import check_statistics
+    record = config.data.record
+    if not record.own and (noise.sees_examples or part(noise, LayerNoise) is not None):
         from hvdnoise.training import models
-        model = models.outline(config.model, 10, config.data.record.shape(config.data),
-                               norm=config.norm)
-        if noise.sees_examples:
-            check_statistics(model)
-        if layered is not None:
-            layered.check_names(name for name, _ in model.named_parameters())
+        fits(noise, models.outline(config.model, 10, record.shape(config.data), norm=config.norm))
+
+
+def fits(noise: Noise, model: nn.Module) -> None:
+    """Raise a ValueError where a noise that looks into the model does not go with it."""
+    if noise.sees_examples:
+        from hvdnoise.per_example import check_statistics
+        check_statistics(model)
+    if (layered := part(noise, LayerNoise)) is not None:
+        layered.check_names(name for name, _ in model.named_parameters())
 
 
 def _check_names(config: TrainConfig, size: int) -> None:

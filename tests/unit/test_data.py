@@ -330,7 +330,7 @@ def test_cifar_is_unpacked_and_read(tmp_path: Path, world: World,
     assert np.array_equal(image, raw["data"][2].reshape(3, 32, 32))
     assert label == raw["labels" if ten else "fine_labels"][2]
     assert sets.test.classes == tuple(f"class {i}" for i in range(10 if ten else 100))
-    assert torch.equal(sets.test.normalise(sets.test.pixels([1, 0])),
+    assert torch.equal(sets.test.normalise(sets.test.stored([1, 0])),
                        sets.test.batch([1, 0], None)[0])
 
 
@@ -368,7 +368,7 @@ def test_image_folders_are_read(tmp_path: Path, world: World) -> None:
     sets = data.build(config, seed=0)
     assert sets.spec == data.DataSpec("imagefolder", 3, (3, 16, 16), 10, 6)
     assert sets.test.classes == list("abc")
-    assert torch.equal(sets.test.normalise(sets.test.pixels([5, 0])),
+    assert torch.equal(sets.test.normalise(sets.test.stored([5, 0])),
                        sets.test.batch([5, 0], None)[0])
     images, labels = sets.train.batch(range(10), 0)
     assert images.shape == (10, 3, 16, 16) and images.dtype == torch.float32

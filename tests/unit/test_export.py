@@ -19,7 +19,7 @@ from torch import Tensor
 from hvdnoise import cli
 from hvdnoise.export import source
 from hvdnoise.export.config import PACKAGES, SUFFIXES
-from hvdnoise.training import models, rerun, weights
+from hvdnoise.training import models, own_data, plugins, rerun, weights
 from hvdnoise.training.errors import Diverged
 from tests.folders import write_folders
 from tests.trainer import GNC, poison, speaking, train
@@ -230,6 +230,71 @@ def test_class_names_are_kept_whatever_they_are(tmp_path: Path, monkeypatch: pyt
             assert json.loads(file.metadata()["labels"]) == sorted(names)
 
 
+OWN = """
+import torch
+from torch import nn
+
+def floats(root):
+    x = torch.randn(60, 3, 5, generator=torch.Generator().manual_seed(1)) * 4 + 2
+    return {"train": (x[:48], torch.arange(48) % 4), "test": (x[48:], torch.arange(12) % 4),
+            "classes": 4, "mean": [1.0, 2.0, 3.0], "std": [3.0, 4.0, 5.0]}
+
+def pixels(root):
+    x = torch.randint(0, 256, (60, 2, 3, 3), generator=torch.Generator().manual_seed(1)).byte()
+    return {"train": (x[:48], torch.arange(48) % 4), "test": (x[48:], torch.arange(12) % 4),
+            "classes": 4, "mean": 0.5, "std": 0.25}
+
+def tokens(root):
+    x = torch.randint(0, 9, (60, 7), generator=torch.Generator().manual_seed(1))
+    return {"train": (x[:48], torch.arange(48) % 4), "test": (x[48:], torch.arange(12) % 4),
+            "classes": 4}
+
+def flat(classes, shape):
+    return nn.Sequential(nn.Flatten(), nn.Linear(torch.Size(shape).numel(), classes))
+
+def words(classes, shape):
+    return nn.Sequential(nn.Embedding(9, 6), nn.Flatten(), nn.Linear(6 * shape[0], classes))
+"""
+
+
+@pytest.mark.parametrize("data_set, model, goes_in", [
+    ("floats", "flat", "inside: the network takes x as the data set has it"),
+    ("pixels", "flat", "inside: the network takes values x in 0..1"),
+    ("tokens", "words", "none: the network takes whole numbers")])
+def test_networks_of_the_users_own(data_set: str, model: str, goes_in: str, tmp_path: Path,
+                                   monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plugins, "_functions", {})
+    own_data._sets.cache_clear()
+    Path("mine.py").write_text(OWN)
+    names = {"data.dataset": f"mine.py:{data_set}", "model": f"mine.py:{model}"}
+    train(tmp_path / "run", *(word for name, value in names.items()
+                              for word in (f"--{name}", value)), "--data.image_size", "null",
+          "--epochs", "1")
+    assert "look at it, and add --trust_plugins" in refused(capsys, "run")
+    forms = [form for form in FORMS if all(map(there, PACKAGES[form]))]
+    for form in forms:
+        assert export("run", "--format", form, "--trust_plugins") == 0
+        assert "on 12 test images its logits are the run's" in capsys.readouterr().out
+    extra = {"hvdnoise.json": ""}
+    network = torch.export.load("run/export/weights.pt2", extra_files=extra).module()
+    facts = json.loads(extra["hvdnoise.json"])
+    assert facts["normalization"].startswith(goes_in)
+    made: dict[str, Any] = {}
+    exec(OWN, made)
+    given = made[data_set](None)
+    x = given["test"][0]
+    x = x.float() / 255 if data_set == "pixels" else x
+    mean, std = (torch.tensor(given.get(key, other)).view(-1, *[1] * (x.ndim - 2))
+                 for key, other in (("mean", 0.0), ("std", 1.0)))
+    mine = made[model](4, x.shape[1:])
+    mine.load_state_dict(torch.load("run/weights.pt", weights_only=True))
+    with torch.no_grad():
+        expected = mine(x if data_set == "tokens" else (x - mean) / std)
+        assert (network(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert expected.std() > 0.01
+
+
 def there(package: str) -> bool:
     import importlib.util
     return importlib.util.find_spec(package) is not None
@@ -255,8 +320,8 @@ def test_a_network_that_predicts_something_else_is_not_kept(
                                                              "mean": "[0.5, 0.5, 0.5001]"})
     else:
         right = source.normalisation
-        monkeypatch.setattr(source, "normalisation", lambda mean, std: (
-            right(mean, std)[0] * 1.0001, right(mean, std)[1]))
+        monkeypatch.setattr(source, "normalisation", lambda *args: (
+            right(*args)[0] * 1.0001, right(*args)[1]))
     before = files(tmp_path)
     said = refused(capsys, str(run), "--format", form, code=1)
     assert re.search(r"differ from the run's by [\d.e-]+ of the largest on 12 test images", said)

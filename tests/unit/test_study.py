@@ -270,6 +270,22 @@ def test_the_command_dies_with_a_guard_that_is_killed() -> None:
     wait_for(lambda: alive("79") == [])
 
 
+@pytest.mark.parametrize("named", [{"plugins": ["mine.py"]}, {"model": "mine.py:net"}])
+def test_code_that_the_folder_alone_names_is_not_imported(
+        named: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.py").write_text("open('mark', 'w')\n")
+    folder = Path("there")
+    folder.mkdir()
+    earlier = {**STUDY, "settings": {**STUDY["settings"], **named}}
+    (folder / "study.yaml").write_text(yaml.safe_dump(earlier))
+    assert study("--out", str(folder)) == 2
+    assert "study.yaml cannot be read" in (said := capsys.readouterr().err) or "was" in said
+    assert not Path("mark").exists()
+    assert cli.main(["study", str(folder / "study.yaml"), "--out", "new", "--dry_run"]) == 2 * (
+        "model" in named)  # named by the command, it is: mine.py has no function net
+    assert Path("mark").exists()
+
+
 def test_one_study_at_a_time(tmp_path: Path) -> None:
     with only_one(tmp_path) as runs:
         with pytest.raises(ConfigError, match=f"another study works in .*process {os.getpid()} on"):
