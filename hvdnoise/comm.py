@@ -115,8 +115,8 @@ def _check_horovod() -> None:
         raise TransportError(f"hvd.init() has started Horovod under torchrun, and it knows 1 of "
                              f"{size} ranks: call hvdnoise.init() instead, or start with "
                              "horovodrun")
-    raise TransportError(f"{started_by} started {size} ranks, and Horovod knows 1 of them: hvdnoise "
-                         "doctor finds mixtures of MPIs; if each is to train alone, call "
+    raise TransportError(f"{started_by} started {size} ranks, and Horovod knows 1 of them: "
+                         "hvdnoise doctor finds mixtures of MPIs; if each is to train alone, call "
                          "hvdnoise.init(MPI.COMM_SELF)")
 
 
