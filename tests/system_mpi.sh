@@ -87,7 +87,7 @@ weights() { sed -n 's/.*"weights_sha256": "\(.*\)".*/\1/p' "$1/summary.json" 2>/
 
 if [[ -x $venv/bin/hvdnoise ]]; then
     say "the same with $venv"
-    (cd "$root" && PATH=$venv/bin:$PATH PYTHONPATH=$root OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+    (cd "$root" && export PATH=$venv/bin:$PATH PYTHONPATH=$root OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
         timeout 300 launch/mpirun.sh -np 2 -- "${train[@]}" --run_dir "$work/runs/default-mpirun" >"$work/log" 2>&1 &&
             timeout 300 launch/horovodrun.sh -np 2 -- "${train[@]}" --run_dir "$work/runs/default-gloo" >"$work/log" 2>&1) ||
         fail 1 "the environment to compare with does not train: $(tail -n 1 "$work/log")"
