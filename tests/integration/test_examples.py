@@ -73,7 +73,7 @@ def run(command: str, cwd: Path, launcher: str = "gloo") -> Ended:
 
 def said(ended: Ended) -> list[str]:
     """The lines, without a launcher's tags."""
-    return [re.sub(r"^\[\d+(?:,\d+)?\]<std\w+>: ?", "", line) for line in ended.output.splitlines()]
+    return [re.sub(r"\[\d+(?:,\d+)?\]<std\w+>:", "", line) for line in ended.output.splitlines()]
 
 
 def alike(readme: str, line: str) -> bool:
@@ -83,7 +83,7 @@ def alike(readme: str, line: str) -> bool:
     return all(abs(a - b) <= max(ABSOLUTE, RELATIVE * abs(a)) for a, b in pairs)
 
 
-def check_says(ended: Ended, shown: Shown) -> None:
+def assert_says(ended: Ended, shown: Shown) -> None:
     """Each line of the README is there."""
     lines = said(ended)
     for readme in shown.lines:
@@ -94,7 +94,7 @@ def numbers(ended: Ended, pattern: str) -> list[float]:
     return [float(each) for each in re.findall(pattern, "\n".join(said(ended)))]
 
 
-def check_weights_equal(ended: Ended) -> None:
+def assert_weights_equal(ended: Ended) -> None:
     """Both ranks have said the sum of their weights, and it is the same."""
     sums = re.findall(r"rank (\d)  sum of weights (\S+)", ended.output)
     assert sorted(rank for rank, _ in sums) == ["0", "1"], ended.report()
@@ -144,8 +144,8 @@ def test_the_plain_loop_and_the_noisy_one(tmp_path: Path) -> None:
     plain = run(SHOWN["horovod_loop.py"].command, tmp_path)
     noisy = run(SHOWN["horovod_loop_gnc.py"].command, tmp_path, launcher="mpi")
     for ended, name in ((plain, "horovod_loop.py"), (noisy, "horovod_loop_gnc.py")):
-        check_says(ended, SHOWN[name])
-        check_weights_equal(ended)
+        assert_says(ended, SHOWN[name])
+        assert_weights_equal(ended)
         losses = numbers(ended, r"last loss (\S+)")
         assert losses[-1] < 0.7 * losses[0]
     assert plain.output != noisy.output
@@ -155,8 +155,8 @@ def test_the_plain_loop_and_the_noisy_one(tmp_path: Path) -> None:
 def test_the_gpt_learns_the_language(tmp_path: Path) -> None:
     shown = SHOWN["gpt.py"]
     ended = run(shown.command, tmp_path)
-    check_says(ended, Shown(shown.command, [each for each in shown.lines if "lines" not in each]))
-    check_weights_equal(ended)
+    assert_says(ended, Shown(shown.command, [each for each in shown.lines if "lines" not in each]))
+    assert_weights_equal(ended)
     losses, best = numbers(ended, r"loss (\S+)"), numbers(ended, r"best possible (\S+)")[0]
     assert losses == sorted(losses, reverse=True) and best < losses[-1] < 1.3 * best
     (right,) = numbers(ended, r"(\d+) of 100 lines")
@@ -167,8 +167,8 @@ def test_the_gpt_learns_the_language(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_frozen_layers_stay(tmp_path: Path) -> None:
     ended = run(SHOWN["finetune.py"].command, tmp_path)
-    check_says(ended, SHOWN["finetune.py"])
-    check_weights_equal(ended)
+    assert_says(ended, SHOWN["finetune.py"])
+    assert_weights_equal(ended)
     counts = re.findall(r"(\d+) of (\d+) tensors of the body unchanged", ended.output)
     assert counts == [("14", "14")] * 2
     known, pretrained, random = numbers(ended, r"test accuracy ([\d.]+\d)")
@@ -178,7 +178,7 @@ def test_frozen_layers_stay(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_gnc_leaves_the_sharp_minimum(tmp_path: Path) -> None:
     ended = run(SHOWN["gnc_2d.py"].command, tmp_path)
-    check_says(ended, SHOWN["gnc_2d.py"])
+    assert_says(ended, SHOWN["gnc_2d.py"])
     ends = dict(re.findall(r"^(.*): (\d) of 4 runs end in the wide", "\n".join(said(ended)), re.M))
     assert ends == {"SGD": "0", "GNC": "4", "white noise": "0"}
     file = tmp_path / SHOWN["gnc_2d.py"].command.split()[-1]
@@ -190,10 +190,10 @@ def test_a_data_set_and_a_model_of_ones_own(tmp_path: Path) -> None:
     """Trained, and scored again with the code that the user trusts."""
     shown = SHOWN["signals.yaml"]
     ended = run(shown.command, tmp_path)
-    check_says(ended, shown)
+    assert_says(ended, shown)
     state = torch.load(tmp_path / "runs" / "signals" / "weights.pt", weights_only=True)
     assert [tuple(each.shape) for each in state.values()][-1] == (4,)
     again = run(SHOWN["eval"].command, tmp_path)
-    check_says(again, SHOWN["eval"])
+    assert_says(again, SHOWN["eval"])
     accuracy = r"test accuracy (\d\.\d+)"
     assert numbers(again, accuracy)[-1] == numbers(ended, accuracy)[-1]
