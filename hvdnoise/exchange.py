@@ -35,6 +35,7 @@ from hvdnoise.sparse import SparseGradients
 from hvdnoise.tasks import BucketTask, ExchangeScheduler, Options
 
 FLUSH_SECONDS = 10.0
+WEIGHTS = "weights"  # among the facts
 
 
 class Exchange:
@@ -262,7 +263,9 @@ class Exchange:
         """Once a layout: all ranks exchange the same thing, and know what travels sparse."""
         if self._agreed:
             return
-        handshake(self.world, self._facts, name="hvdnoise.facts", poll=self._order.poll)
+        handshake(self.world, self._facts, name="hvdnoise.facts", poll=self._order.poll,
+                  cures={WEIGHTS: "give all ranks rank 0's weights before the first step, by "
+                                  "hvd.broadcast_parameters or torch.distributed.broadcast"})
         self.found_sparse = self._sparse.agree(
             {name: p for bucket in self.layout.buckets
              for name, p in zip(bucket.names, bucket.parameters)})

@@ -12,6 +12,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hvdnoise.buckets import Layout, build_layout, fingerprint
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by the bytes of a number
+
 
 class OptimizerParameters:
     """What is known of an optimizer's parameters, as its groups are now.
@@ -55,6 +57,15 @@ class OptimizerParameters:
         """By parameter; None where the group has none."""
         return {p: group.get("lr") for group in self._optimizer.param_groups
                 for p in group["params"]}
+
+    def trained(self) -> dict[Tensor, str]:
+        """The names of those that require a gradient."""
+        return {p: self.names[p] for p in self.all() if p.requires_grad}
+
+    def sums_of_bits(self) -> list[int]:
+        """A number for each of `trained`, which tells whether two ranks have the same weights."""
+        return [int(p.detach().reshape(-1).view(_BITS.get(p.itemsize, torch.int64))
+                    .sum(dtype=torch.int64)) for p in self.trained()]
 
     def changed(self) -> bool:
         """Whether parameters, their dtypes or devices are others than the layout's."""

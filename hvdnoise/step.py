@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from hvdnoise.displacement import Term
-from hvdnoise.exchange import Exchange
+from hvdnoise.exchange import WEIGHTS, Exchange
 from hvdnoise.noise_state import NoiseState
 from hvdnoise.ordering import FinishOrder
+from hvdnoise.others import refuse_averaged
 from hvdnoise.parameters import OptimizerParameters
 from hvdnoise.tasks import Options
 
@@ -48,6 +49,7 @@ class StepRunner:
         self.exchange: Exchange | None = None
         self._hook = partial(self._on_gradient, weakref.ref(self))
         self._synced = True  # outside no_sync()
+        self._started = False  # a step was taken, or an exchange begun
         self._under_way = False  # all tasks have started, and nobody has waited for them
         self._versions: list[int] = []
         self._closing: weakref.ref[Any] | None = None  # what the engine calls at the pass's end
@@ -123,6 +125,7 @@ class StepRunner:
 
     def step_taken(self) -> None:
         """The weights were updated."""
+        self._started = True
         self._forget_passes()
         self.noise.step_taken()
 
@@ -351,6 +354,10 @@ class StepRunner:
             facts = {"optimizer": self.label, "virtual_workers": workers, "op": self.options.op,
                      "optimizers of the same model": self._number,
                      "noise": [type(kind).__name__, kind.describe() if kind else None]}
+            if not self._started:  # later, ranks may have taken steps of their own, in no_sync()
+                refuse_averaged(self.parameters.trained())
+                facts[WEIGHTS] = self.parameters.sums_of_bits()
+            self._started = True
             self.exchange = Exchange(self.noise.world, self.parameters.layout, self.options,
                                      workers, facts, self.parameters.sparse, self.label,
                                      self._order)

@@ -352,8 +352,7 @@ def _begin() -> TorchWorld:
         watched = watchdog.begin(rank, size)
         if size == 1:
             return TorchWorld(0, range(1), {}, None, watched)
-        gloo = dist.group.WORLD if _started_here else dist.new_group(backend="gloo",
-                                                                     timeout=_limit())
+        gloo = dist.new_group(backend="gloo", timeout=_limit())  # the loop may use the other one
         negotiator = connect(rank, size, lambda value: _told_by_rank_0(value, gloo))
         made = TorchWorld(rank, range(size), {"cpu": gloo}, negotiator, watched)
         nccl = torch.cuda.is_available() and dist.is_nccl_available()

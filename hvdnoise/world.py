@@ -13,7 +13,7 @@ import json
 import socket
 from abc import ABC, abstractmethod
 from collections import Counter
-from typing import Any, Callable, Protocol, Sequence
+from typing import Any, Callable, Mapping, Protocol, Sequence
 
 import torch
 from torch import Tensor
@@ -129,8 +129,11 @@ class World(ABC):
 
 
 def handshake(world: World, facts: dict[str, Any], *, name: str = "handshake",
-              poll: Callable[[], None] | None = None) -> None:
+              poll: Callable[[], None] | None = None, cures: Mapping[str, str] = {}) -> None:
     """Check that all ranks hold the same ``facts``, comparing digests of fixed size.
+
+    Args:
+        cures: what to do about a key that differs, where it is not the usual thing.
 
     Raises:
         ValueError: on every rank alike, naming the keys, the ranks that differ from rank 0, and
@@ -146,8 +149,9 @@ def handshake(world: World, facts: dict[str, Any], *, name: str = "handshake",
         places = world.places()
         text = "; ".join(f"{key} on {', '.join(places[rank] for rank in ranks)}"
                          for key, ranks in wrong.items())
-        raise ValueError(f"the ranks differ from rank 0: {text}; start all ranks with the same "
-                         "command, files and versions")
+        usual = "start all ranks with the same command, files and versions"
+        raise ValueError(f"the ranks differ from rank 0: {text}; "
+                         f"{'; '.join({cures.get(key, usual): None for key in wrong})}")
 
 
 def group_of(rank: int, size: int, group_size: int) -> range:

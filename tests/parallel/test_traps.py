@@ -24,6 +24,7 @@ from tests.parallel.toys import (
     loss_of,
     mean_gradient,
     net,
+    raised,
     same_bits,
     sgd,
     step,
@@ -249,3 +250,45 @@ def check_learning_rate_schedulers(world: World) -> None:
                 step_by_hand(world, twin, plain, n)
         assert optimizer.param_groups[0]["lr"] == inner.param_groups[0]["lr"] == 0.0125
         assert close(model.parameters(), twin.parameters())
+
+
+def check_weights_that_differ_at_the_start_are_refused(world: World) -> None:
+    """Before the first step; later they may: steps in no_sync() are a rank's own."""
+    noise = hvdnoise.GNC(radius=0.05)
+    model, last = net(seed=world.rank), world.size - 1
+    text = raised(ValueError, step, world, model, wrap(model, noise=noise), 0)
+    assert "weights on rank 1" in text and "hvd.broadcast_parameters" in text, text
+    model = net()
+    with torch.no_grad():  # one bit of one weight
+        model.head.bias.view(torch.int32)[2] ^= int(world.rank == last)
+    text = raised(ValueError, step, world, model, wrap(model), 0)
+    assert f"weights on rank {last};" in text, text
+    model = net()
+    optimizer = wrap(model)
+    with optimizer.no_sync():
+        step(world, model, optimizer, 0)
+    assert not torch.equal(world.allgather(model.head.bias.detach().clone(), name="local").wait()
+                           .view(world.size, -1)[last], net().head.bias)
+    step(world, model, optimizer, 1)
+
+
+@on("torchrun-2")
+def check_models_that_average_by_themselves_are_refused(world: World) -> None:
+    """Twice averaged, a gradient is wrong, and the workers' deviations are zero."""
+    for noise in (None, hvdnoise.GNC(radius=0.05), hvdnoise.CovarianceNoise("full", 64)):
+        model = nn.parallel.DistributedDataParallel(net())
+        text = raised(ValueError, step, world, model, wrap(model, noise=noise), 0)
+        assert text.startswith("module.convolution.weight is a parameter of a Distributed"), text
+        model = nn.parallel.DistributedDataParallel(net())
+        optimizer = wrap(model.module, noise=noise)  # its gradients are averaged all the same
+        text = raised(ValueError, step, world, model, optimizer, 0)
+        assert "leave DistributedDataParallel out" in text, text
+    model = nn.parallel.DistributedDataParallel(net())
+    alone = model.module
+    del model
+    step(world, alone, wrap(alone), 0)
+    with torch.no_grad():
+        other = nn.parallel.DistributedDataParallel(net())  # of somebody else
+    model = net()
+    step(world, model, wrap(model), 1)
+    assert other.module is not model

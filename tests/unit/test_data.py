@@ -540,7 +540,7 @@ def test_too_few_images_are_one_line() -> None:
 
 def test_wrong_settings_are_one_line() -> None:
     for options, text in (
-            ({"dataset": "mnist"}, "data.dataset='mnist' is unknown: choose one of fashion-mnist"),
+            ({"dataset": "mnist"}, "data.dataset=mnist is wrong: give one of fashion-mnist"),
             ({"batch_size": 0}, "data.batch_size=0 is too small: give 1 or more"),
             ({"dataset": "cifar10", "image_size": 64}, "data.image_size=64 does not go with cifar"),
             ({"limit": 0}, "data.limit=0 is too small"),
