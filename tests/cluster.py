@@ -17,7 +17,24 @@ SCRIPT = ROOT / "launch" / "cluster-sim.sh"
 
 _HOROVODRUN = ["horovodrun", "--disable-cache", "--network-interface", "eth0"]
 _VARIABLES = 'PYTHONPATH OMP_NUM_THREADS "${!HVDNOISE_@}"'  # horovodrun takes all along
+_TORCHRUN = r"""
+IFS=, read -r -a hosts <<<"$2"
+np=$4 failed=0
+shift 4
+start() { # NUMBER COMMAND: the words that start a host's ranks
+    local name kept=(GLOO_SOCKET_IFNAME=eth0)
+    for name in PATH PYTHONPATH OMP_NUM_THREADS "${!HVDNOISE_@}"; do kept+=("$name=${!name-}"); done
+    printf '%q ' env "${kept[@]}" torchrun --nnodes "${#hosts[@]}" --node-rank "$1" \
+        --master-addr "${hosts[0]%:*}" --nproc-per-node $((np / ${#hosts[@]})) --no-python "${@:2}"
+}
+for number in "${!hosts[@]}"; do
+    ssh "${hosts[number]%:*}" "cd $(printf %q "$PWD"); exec $(start "$number" "$@")" &
+done
+for each in $(jobs -p); do wait "$each" || failed=$?; done
+exit "$failed"
+"""
 _ON_NODE1 = {
+    "torchrun": ["bash", "-c", _TORCHRUN, "torchrun"],
     "gloo": [*_HOROVODRUN, "--gloo"], "mpi": [*_HOROVODRUN, "--mpi"],
     "mpirun": ["bash", "-c", f'exec mpirun $(printf -- "-x %s " {_VARIABLES}) "$@"', "mpirun"]}
 

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Callable
 
 import psutil
 import pytest
 
-from tests.cluster import run_on_hosts, why_not
+from tests.checks import run_batch
+from tests.cluster import on_hosts, run_on_hosts, why_not
 from tests.integration.running import (
     HVDNOISE,
     TINY,
@@ -27,6 +29,7 @@ from tests.integration.running import (
     signal_ranks,
 )
 from tests.launcher import BIN, ROOT, Ended, run_command
+from tests.parallel import test_noise, test_plans
 
 END_SECONDS = 30.0  # in which the others end after a rank that was killed
 IMPORT_SECONDS = 0.2  # that hvdnoise's import may take beside torch's
@@ -220,6 +223,19 @@ def test_two_hosts(tmp_path: Path, settings: Path, whole: Callable[[int], str], 
     assert finished(ended, folder)["weights_sha256"] == whole(ranks)
     hosts = json.loads((folder / "environment.json").read_text())["hosts"]
     assert hosts == ["node1"] * (ranks // 2) + ["node2"] * (ranks // 2)
+
+
+@pytest.mark.namespaces
+@pytest.mark.slow
+@pytest.mark.parametrize("module", [test_noise, test_plans])
+def test_the_laws_of_every_noise_and_plan_on_two_hosts(module: ModuleType) -> None:
+    """What holds on one host, with two ranks on each of two."""
+    if reason := why_not():
+        pytest.skip(reason)
+    names = [name for name, each in vars(module).items() if name.startswith("check_")
+             and "torchrun-4" in getattr(each, "worlds", module.WORLDS)]
+    reports = run_batch(str(module.__file__), on_hosts(2, "torchrun", slots=2), 4, names, 60)
+    assert len(names) > 5 and reports == dict.fromkeys(names, ""), reports
 
 
 # ---- the import

@@ -203,6 +203,7 @@ def check_kronecker_noise_has_its_law(world: World) -> None:
     """100 layers alike in 100 steps: 10,000 draws."""
     a_WbI, g_WbO = (streams.normal((W, linear.B_WORKER, size), 5, "law", size, dtype=torch.float64)
                     for size in (2, 3))
+    torch.manual_seed(6)
     layers = nn.ModuleList(nn.Linear(2, 3, dtype=torch.float64) for _ in range(100))
     optimizer = DistributedOptimizer(
         torch.optim.SGD(layers.parameters(), lr=0.0), layers.named_parameters(),
