@@ -265,6 +265,7 @@ def test_networks_of_the_users_own(data_set: str, model: str, goes_in: str, tmp_
                                    monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plugins, "_functions", {})
+    monkeypatch.setattr(plugins, "_digests", {})
     own_data._sets.cache_clear()
     Path("mine.py").write_text(OWN)
     names = {"data.dataset": f"mine.py:{data_set}", "model": f"mine.py:{model}"}
