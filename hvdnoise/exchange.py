@@ -264,7 +264,7 @@ class Exchange:
         if self._agreed:
             return
         handshake(self.world, self._facts, name="hvdnoise.facts", poll=self._order.poll,
-                  cures={WEIGHTS: "give all ranks rank 0's weights before the first step, by "
+                  cures={WEIGHTS: "give all ranks rank 0's weights before the first backward, by "
                                   "hvd.broadcast_parameters or torch.distributed.broadcast"})
         self.found_sparse = self._sparse.agree(
             {name: p for bucket in self.layout.buckets

@@ -49,7 +49,7 @@ class StepRunner:
         self.exchange: Exchange | None = None
         self._hook = partial(self._on_gradient, weakref.ref(self))
         self._synced = True  # outside no_sync()
-        self._started = False  # a step was taken, or an exchange begun
+        self._first: list[int] | None = None  # weights, as the first backward pass has them
         self._under_way = False  # all tasks have started, and nobody has waited for them
         self._versions: list[int] = []
         self._closing: weakref.ref[Any] | None = None  # what the engine calls at the pass's end
@@ -125,7 +125,6 @@ class StepRunner:
 
     def step_taken(self) -> None:
         """The weights were updated."""
-        self._started = True
         self._forget_passes()
         self.noise.step_taken()
 
@@ -251,9 +250,18 @@ class StepRunner:
             if self._capture(p):
                 self._current_exchange().scheduler.advance()
 
+    def _first_weights(self) -> list[int]:
+        """`OptimizerParameters.sums_of_bits` before the first backward pass, synchronized or not:
+        after one in no_sync(), ranks may have weights of their own."""
+        if self._first is None:
+            refuse_averaged(self.parameters.trained())
+            self._first = self.parameters.sums_of_bits()
+        return self._first
+
     def _open_pass(self, p: Tensor) -> None:
         """A backward pass has begun, with the gradient of ``p``."""
         self._check_whole()
+        self._first_weights()
         self._touched = True
         if self._synced and (self._under_way or self.reduced):
             self._begin_next_step(p)
@@ -353,11 +361,8 @@ class StepRunner:
             kind, workers = self.noise.noise, self.noise.virtual_workers
             facts = {"optimizer": self.label, "virtual_workers": workers, "op": self.options.op,
                      "optimizers of the same model": self._number,
-                     "noise": [type(kind).__name__, kind.describe() if kind else None]}
-            if not self._started:  # later, ranks may have taken steps of their own, in no_sync()
-                refuse_averaged(self.parameters.trained())
-                facts[WEIGHTS] = self.parameters.sums_of_bits()
-            self._started = True
+                     "noise": [type(kind).__name__, kind.describe() if kind else None],
+                     WEIGHTS: self._first_weights()}
             self.exchange = Exchange(self.noise.world, self.parameters.layout, self.options,
                                      workers, facts, self.parameters.sparse, self.label,
                                      self._order)

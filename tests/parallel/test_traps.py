@@ -253,7 +253,7 @@ def check_learning_rate_schedulers(world: World) -> None:
 
 
 def check_weights_that_differ_at_the_start_are_refused(world: World) -> None:
-    """Before the first step; later they may: steps in no_sync() are a rank's own."""
+    """Before the first backward pass; later they may: steps in no_sync() are a rank's own."""
     noise = hvdnoise.GNC(radius=0.05)
     model, last = net(seed=world.rank), world.size - 1
     text = raised(ValueError, step, world, model, wrap(model, noise=noise), 0)
