@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Callable
 
 import psutil
@@ -29,7 +28,7 @@ from tests.integration.running import (
     signal_ranks,
 )
 from tests.launcher import BIN, ROOT, Ended, run_command
-from tests.parallel import test_noise, test_plans
+from tests.rank_main import load
 
 END_SECONDS = 30.0  # in which the others end after a rank that was killed
 IMPORT_SECONDS = 0.2  # that hvdnoise's import may take beside torch's
@@ -227,11 +226,12 @@ def test_two_hosts(tmp_path: Path, settings: Path, whole: Callable[[int], str], 
 
 @pytest.mark.namespaces
 @pytest.mark.slow
-@pytest.mark.parametrize("module", [test_noise, test_plans])
-def test_the_laws_of_every_noise_and_plan_on_two_hosts(module: ModuleType) -> None:
+@pytest.mark.parametrize("file", ["test_noise.py", "test_plans.py"])
+def test_the_laws_of_every_noise_and_plan_on_two_hosts(file: str) -> None:
     """What holds on one host, with two ranks on each of two."""
     if reason := why_not():
         pytest.skip(reason)
+    module = load(str(ROOT / "tests" / "parallel" / file))
     names = [name for name, each in vars(module).items() if name.startswith("check_")
              and "torchrun-4" in getattr(each, "worlds", module.WORLDS)]
     reports = run_batch(str(module.__file__), on_hosts(2, "torchrun", slots=2), 4, names, 60)
