@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -274,10 +275,12 @@ class CountingWorld(ThreadWorld):
 
 def cost(size: int, plan: str, precision: str = "fp32") -> tuple[float, float]:
     """Bytes that a rank receives in a step, and its memory for the noise, in multiples of 4P."""
+    same = torch.nn.Sequential(*(torch.nn.Linear(80, 80) for _ in range(3)))
+
     def work(world: ThreadWorld) -> tuple[float, float]:
         counting = CountingWorld(world.meeting, world.rank)
         noise = GNC(lr=1.0, source="own" if plan == "allreduce" else "gathered")
-        model = torch.nn.Sequential(*(torch.nn.Linear(80, 80) for _ in range(3)))
+        model = copy.deepcopy(same)
         _, optimizer = build(counting, noise, model=model, exchange=plan, bucket_bytes=26_000,
                              noise_precision=precision)
         for _ in range(2):
