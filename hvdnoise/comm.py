@@ -107,15 +107,15 @@ def world_of(process_set: Any = None) -> World:
 def _check_horovod() -> None:
     """Refuse a rank that would train alone: Horovod was started under torchrun, or under the mpirun
     of another MPI. Whoever means it gives `init` a communicator."""
-    started_by, size = launcher(), environment()["size"]
+    size = environment()["size"]
     if not horovod_world.running() or horovod_world.given_comm or \
             horovod_world.size() > 1 or size == 1:
         return
-    if started_by == "torchrun":
+    if launcher() == "torchrun":
         raise TransportError(f"hvd.init() has started Horovod under torchrun, and it knows 1 of "
                              f"{size} ranks: call hvdnoise.init() instead, or start with "
                              "horovodrun")
-    raise TransportError(f"{started_by} started {size} ranks, and Horovod knows 1 of them: "
+    raise TransportError(f"the launcher started {size} ranks, and Horovod knows 1 of them: "
                          "hvdnoise doctor finds mixtures of MPIs; if each is to train alone, call "
                          "hvdnoise.init(MPI.COMM_SELF)")
 

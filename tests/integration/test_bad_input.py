@@ -103,13 +103,13 @@ def test_a_rank_that_the_mpirun_of_another_mpi_started(folder: Path) -> None:
     ended = run_command(1, ["env", "PMI_RANK=0", "PMI_SIZE=2", HVDNOISE, "train", *SYNTHETIC, *GNC,
                             "--model", "mlp", "--run_dir", "run"], launcher="none",
                         cwd=folder / "cwd")
-    refused(ended, "started 2 ranks and Horovod sees 1", folder, before, code=2)
+    refused(ended, "started 2 ranks, and Horovod knows 1", folder, before, code=2)
 
 
 @pytest.mark.parametrize("arguments, expected", [
     (["trian"], "unknown command 'trian'"),
-    ([], "give train, launch, eval, measure, reproduce, study, report, plan, bench, quadratic or "
-         "doctor"),
+    ([], "give train, launch, eval, measure, export, reproduce, study, report, plan, bench, "
+         "quadratic or doctor"),
     (["measure"], "run"), (["measure", "nowhere"], "run=nowhere holds no config.yaml"),
     (["measure", "{folder}/used"], "there is no"),
     (["report"], "folders"), (["report", "nowhere"], "folders=nowhere is wrong: there is no"),

@@ -106,6 +106,33 @@ def test_the_command_of_the_page(tmp_path: Path) -> None:
         (tmp_path / "run" / "environment.json").read_text())["transport"] == "torch"
 
 
+LOOP = """
+import torch, torch.distributed, hvdnoise
+torch.seed()  # another on each rank
+model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+{block}
+for step in range(5):
+    optimizer.zero_grad()
+    model(torch.randn(16, 4)).square().mean().backward()
+    optimizer.step()
+print("weights", [float(p.detach().double().sum()) for p in model.parameters()])
+print("steps with noise", optimizer.noise_coverage.due - optimizer.noise_coverage.missed)
+"""
+
+
+def test_the_loop_of_the_page(tmp_path: Path, without_horovod: dict[str, str]) -> None:
+    page = (ROOT / "docs" / "launchers.md").read_text()
+    [block] = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    program = tmp_path / "loop.py"
+    program.write_text(LOOP.format(block=block))
+    ended = run_command(2, [sys.executable, str(program)], launcher="torchrun", timeout=60,
+                        env=without_horovod)
+    assert ended.exit_code == 0 and not ended.leftovers, ended.report()
+    seen = re.findall(r"weights (\[[^]]*\])", ended.output)
+    assert len(seen) == 2 and seen[0] == seen[1], ended.report()
+    assert len(re.findall("steps with noise 4", ended.output)) == 2
+
+
 def test_one_process_needs_neither_horovod_nor_torchrun(
         tmp_path: Path, settings: Path, without_horovod: dict[str, str]) -> None:
     ended = train(1, tmp_path / "run", settings, "--epochs", "1", env=without_horovod)

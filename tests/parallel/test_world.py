@@ -396,7 +396,7 @@ def start_horovod_that_knows_one_rank() -> list[str]:
 
 @pytest.mark.parametrize("launcher, text", [
     ("torchrun", "it knows 1 of 2 ranks"),
-    ("mpirun", "mpirun started 2 ranks, and Horovod knows 1 of them")])
+    ("mpirun", "the launcher started 2 ranks, and Horovod knows 1 of them")])
 def test_ranks_that_would_train_alone_are_refused(launcher: str, text: str) -> None:
     """As under the mpirun of another MPI than Horovod's; here Gloo without a rendezvous."""
     seen = launch(2, f"{__file__}:start_horovod_that_knows_one_rank", launcher=launcher,
