@@ -355,6 +355,7 @@ def inside_torch_distributed(place: str) -> dict[str, Any]:
         dist.init_process_group("gloo")
     first = torch.ones(1)
     dist.all_reduce(first)
+    torch.manual_seed(1)
     model = torch.nn.Linear(3, 1)
     optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
     model(torch.full((1, 3), float(dist.get_rank()))).sum().backward()
