@@ -17,4 +17,4 @@ if [[ ! -e $venv/.done ]]; then
 fi
 cd "$root"
 PYTHONPATH=$root OMP_NUM_THREADS=1 exec "$venv/bin/python" -m pytest -q -p no:cacheprovider -o testpaths= \
-    -m 'not parallel and not slow' tests/unit/test_{noise,noise_config,plans,checkpoint,config,loop,models,optim,report,quadratic,study_parts,kronecker,clean_weights,data,datasets,records,steps,neighbours,per_example,laws,semantics}.py "${@:2}"
+    -m 'not parallel and not slow' tests/unit/test_{export,noise,noise_config,plans,checkpoint,config,loop,models,optim,report,quadratic,study_parts,kronecker,clean_weights,data,datasets,records,steps,neighbours,per_example,laws,semantics}.py "${@:2}"

@@ -66,8 +66,8 @@ def _read_torch(path: Path) -> tuple[Predict, dict[str, str]]:
 def _write_onnx(source: Source, path: Path) -> dict[str, str]:
     facts = {**source.facts, _NORMALISATION: source.normalization(inside=True)}
     program = torch.onnx.export(source.network, (source.example,), dynamo=True, verbose=False,
-                                dynamic_shapes=({0: "batch"},), input_names=["images"],
-                                output_names=["logits"])
+                                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                                input_names=["images"], output_names=["logits"])
     assert program is not None
     program.model.metadata_props.update(facts)
     program.save(path, external_data=False)

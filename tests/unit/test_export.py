@@ -36,6 +36,11 @@ def needs(form: str) -> None:
         pytest.importorskip(package)
 
 
+def not_with_the_oldest_torch() -> None:
+    if torch.__version__.startswith("2.6."):
+        pytest.skip("torch 2.6 writes no ONNX file of a ResNet-18 that works")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of runs/NAME, a ResNet-18 with moving average."""
@@ -142,6 +147,8 @@ def predictor(form: str, path: Path, blank: Callable[[], Any]) -> Callable[[Tens
 @pytest.mark.parametrize("form", FORMS)
 def test_an_exported_network_predicts_as_the_run_does(form: str, place: Path, capsys: Any) -> None:
     needs(form)
+    if form == "onnx":
+        not_with_the_oldest_torch()
     assert export("runs/NAME", "--format", form) == 0
     assert "on 1000 test images its logits are the run's to" in capsys.readouterr().out
     target = place / "runs" / "NAME" / "export" / f"weights{SUFFIXES[form]}"
@@ -161,6 +168,7 @@ def test_an_exported_network_predicts_as_the_run_does(form: str, place: Path, ca
 
 @pytest.mark.slow
 def test_the_documented_programs_run(place: Path, capsys: Any) -> None:
+    not_with_the_oldest_torch()
     for form in FORMS:
         needs(form)
         if not Path(f"runs/NAME/export/weights{SUFFIXES[form]}").exists():  # by the test above
