@@ -58,9 +58,9 @@ class OptimizerParameters:
         return {p: group.get("lr") for group in self._optimizer.param_groups
                 for p in group["params"]}
 
-    def trained(self) -> dict[Tensor, str]:
-        """The names of those that require a gradient."""
-        return {p: self.names[p] for p in self.all() if p.requires_grad}
+    def trained(self) -> list[Tensor]:
+        """Those that require a gradient which does not travel sparse, also new ones."""
+        return [p for p in self.all() if p.requires_grad and p not in self.sparse]
 
     def sums_of_bits(self) -> list[int]:
         """A number for each of `trained`, which tells whether two ranks have the same weights."""
@@ -69,7 +69,7 @@ class OptimizerParameters:
 
     def changed(self) -> bool:
         """Whether parameters, their dtypes or devices are others than the layout's."""
-        return fingerprint(self._trained()) != self.layout.fingerprint
+        return fingerprint(self.trained()) != self.layout.fingerprint
 
     def lay_out(self, hook: Callable[[Tensor], None]) -> None:
         """Make the layout for the parameters as they are now, and hook the new ones.
@@ -83,12 +83,9 @@ class OptimizerParameters:
                 self._hooked.add(p)
                 p.register_post_accumulate_grad_hook(hook)
         order = {p: place for place, p in enumerate(self.names)}  # of registration, if named
-        trained = sorted(self._trained(), key=order.__getitem__)
+        trained = sorted(self.trained(), key=order.__getitem__)
         self.layout = build_layout([(self.names[p], p) for p in trained], groups=self._groups,
                                    bucket_bytes=self._bucket_bytes)
-
-    def _trained(self) -> list[Tensor]:
-        return [p for p in self.all() if p.requires_grad and p not in self.sparse]
 
     def _name(self) -> None:
         """Give every parameter a name and this owner."""

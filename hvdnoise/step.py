@@ -252,9 +252,10 @@ class StepRunner:
 
     def _first_weights(self) -> list[int]:
         """`OptimizerParameters.sums_of_bits` before the first backward pass, synchronized or not:
-        after one in no_sync(), ranks may have weights of their own."""
+        after one in no_sync(), ranks may have weights of their own. Looks at the model, too."""
         if self._first is None:
-            refuse_averaged(self.parameters.trained())
+            names = self.parameters.names  # a parameter that was added has none yet
+            refuse_averaged({p: names.get(p, "a parameter") for p in self.parameters.trained()})
             self._first = self.parameters.sums_of_bits()
         return self._first
 

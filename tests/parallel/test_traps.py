@@ -208,6 +208,19 @@ def check_parameter_groups_added_later(world: World) -> None:
         assert len(optimizer.param_groups) == len(inner.param_groups) == 2
 
 
+def check_a_group_that_is_added_before_the_first_backward(world: World) -> None:
+    """Its parameters have no names yet."""
+    model, twin = net(), net()
+    body = [*model.convolution.parameters(), *model.norm.parameters(), *model.hidden.parameters()]
+    optimizer: Any = hvdnoise.DistributedOptimizer(torch.optim.SGD(body, lr=0.1))
+    optimizer.add_param_group({"params": [*model.head.parameters()], "lr": 0.1})
+    plain = torch.optim.SGD(twin.parameters(), lr=0.1)
+    for n in range(3):
+        step(world, model, optimizer, n)
+        step_by_hand(world, twin, plain, n)
+    assert close(model.parameters(), twin.parameters())
+
+
 def check_only_the_added_group_has_gradients(world: World) -> None:
     """The hooks are there before the first backward, so that clipping sees the mean."""
     model = net()
