@@ -209,14 +209,16 @@ def check_parameter_groups_added_later(world: World) -> None:
 
 
 def check_a_group_that_is_added_before_the_first_backward(world: World) -> None:
-    """Its parameters have no names yet."""
+    """And before any other call, so that its parameters have no names yet."""
     model, twin = net(), net()
     body = [*model.convolution.parameters(), *model.norm.parameters(), *model.hidden.parameters()]
     optimizer: Any = hvdnoise.DistributedOptimizer(torch.optim.SGD(body, lr=0.1))
     optimizer.add_param_group({"params": [*model.head.parameters()], "lr": 0.1})
     plain = torch.optim.SGD(twin.parameters(), lr=0.1)
     for n in range(3):
-        step(world, model, optimizer, n)
+        loss_of(model, world.rank, n).backward()
+        optimizer.step()
+        optimizer.zero_grad()
         step_by_hand(world, twin, plain, n)
     assert close(model.parameters(), twin.parameters())
 
