@@ -65,17 +65,15 @@ def _findings(launched: dict[str, int], data_root: str, launch: bool, seconds: i
               ) -> Iterator[Finding]:
     yield _python()
     yield from _packages()
-    if importlib.util.find_spec("horovod") is not None:
+    has_horovod, found = importlib.util.find_spec("horovod") is not None, dict[str, str]()
+    if has_horovod:  # else torchrun starts the ranks
         yield from _horovod()
         found = mpis.parts(_users_path())
         yield from _mpi(found)
-        yield from _gpus()
-        yield _collective()
-        if launched["size"] == 1 and launch:
-            yield from _launches(seconds, found.get("mpirun", ""))
-    else:  # torchrun starts the ranks
-        yield from _gpus()
-        yield _collective()
+    yield from _gpus()
+    yield _collective()
+    if has_horovod and launched["size"] == 1 and launch:
+        yield from _launches(seconds, found.get("mpirun", ""))
     yield from _data(Path(data_root).expanduser())
 
 
